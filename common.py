@@ -1,5 +1,6 @@
-"""What every script of this repository shares: KL math, sampling, evaluation, and a little plumbing.
+"""What every script of this repository shares, in this order: KL math, sampling, evaluation.
 
+(Arguments, model files, processes and output directories are in runs.py; datasets, prompts and grading in tasks.py.)
 Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes
 (`sample(student, ...)` or `stored_rollouts(teacher, ...)`) and which divergence (`forward_kl` or `reverse_kl`).
 
@@ -9,10 +10,20 @@ the frozen teacher, q_θ (q) the student. Logits at position t predict token t +
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import zlib
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+from runs import RolloutStore, gather, is_main, log_samples, rank_and_world, total, whole_weights
+from tasks import grade
 
 # ----------------------------------------------------------------------------------------------------------------
 # KL math
@@ -103,6 +114,165 @@ def entropy(logits):
     return -torch.where(q > 0, q * log_q, 0).sum(-1)
 
 
+class _ChunkedDivergence(torch.autograd.Function):
+    """LM head and divergence, one chunk of tokens at a time, with the gradient formed in the forward pass.
+
+    N = B·R response tokens times V = 151,936 fp32 logits, times the six such tensors that a KL needs, is gigabytes.
+    But a token's KL needs only its own logits: so for each chunk we form them, get d loss / d logits (n, V), push
+    that through the head at once, and keep only what is H wide. Nothing V-sized outlives its chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, bias, teacher_logits, divergence, weights, u, softcap, chunk):
+        dtype = torch.promote_types(head.dtype, torch.float32)  # many small chunks are added up: not in bf16
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=dtype)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
+        loss, mean_entropy = weights.new_zeros(()), weights.new_zeros(())
+        for c in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
+            logits = F.linear(hidden[c], head, bias).requires_grad_()  # (n, V); `detached`: we are inside forward
+            with torch.enable_grad():
+                capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                kl = divergence(capped, teacher_logits(c), **({} if u is None else {"u": u[c]}))  # (n,)
+            (grad,) = torch.autograd.grad(kl, logits, weights[c].to(kl.dtype))  # (n, V): Proposition 1 at work
+            grad_hidden[c] = grad @ head
+            grad_head += grad.T @ hidden[c]
+            if bias is not None:
+                grad_bias += grad.sum(0)
+            loss += (kl.detach() * weights[c]).sum()
+            mean_entropy += (entropy(capped.detach()) * weights[c]).sum()
+        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype), None if bias is None else grad_bias.to(bias.dtype))
+        ctx.mark_non_differentiable(mean_entropy)
+        return loss, mean_entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        grads = (None if g is None else grad_loss * g for g in ctx.saved_tensors)
+        return (*grads, None, None, None, None, None, None)
+
+
+def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, chunk=None):
+    """Σ weights · divergence(q_θ, p_T) over the response tokens of a batch of rollouts.
+
+    divergence: forward_kl, reverse_kl or any function of two logit tensors (n, V), (n, V) -> (n,); one that has no
+    `u` argument works without the sampled estimator. weights (B, R): what each response token counts, the caller's
+    business, e.g. mask / number of response tokens in the global batch; padding is never looked at.
+    u (B, R): uniform numbers for the sampled estimator. chunk: tokens whose logits exist at the same time.
+    -> loss (), differentiable in the student's parameters, and Σ weights · entropy(q_θ) (), detached; in nats.
+    """
+    with torch.no_grad():
+        teacher_hidden = response_hidden(teacher, batch)  # (N, H_T)
+    hidden = response_hidden(student, batch)  # (N, H): only real response tokens, so padding cannot leak
+    chunk = chunk or max(1, 2 ** (24 if hidden.device.type == "cpu" else 27) // vocab.size)
+    head, bias, softcap = _head(student, vocab)
+    teacher_head, teacher_bias, teacher_softcap = _head(teacher, vocab)
+
+    def teacher_logits(c):
+        logits = F.linear(teacher_hidden[c], teacher_head, teacher_bias)
+        return logits if teacher_softcap is None else teacher_softcap * torch.tanh(logits / teacher_softcap)
+
+    weights, u = weights[batch.mask], None if u is None else u[batch.mask]
+    return _ChunkedDivergence.apply(
+        hidden, head.to(hidden.dtype), bias, teacher_logits, divergence, weights, u, softcap, chunk
+    )
+
+
+def response_hidden(model, batch):
+    """The last hidden states that predict the batch's response tokens. -> (N, H), N = batch.mask.sum().
+
+    Token t is predicted at position t − 1, so response tokens P … P+R−1 are scored at positions P−1 … P+R−2. A
+    forward hook takes the states on their way to the LM head, because only a call of the whole model works when its
+    parameters are sharded; the one position that the head itself sees is thrown away.
+    """
+    states = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    try:
+        model(**batch.inputs(), use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return states[0][:, batch.prompt_len - 1 : -1][batch.mask]
+
+
+def _head(model, vocab):
+    """The LM head's weight (V, H) and bias (V) or None, cropped to the common vocabulary, and its soft cap or None."""
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return head.weight[: vocab.size], None if bias is None else bias[: vocab.size], softcap
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclass
+class Rollouts:
+    """B sequences, prompts padded on the left to P tokens, responses on the right to R, so that position P is where
+    every response begins and a loss is one slice. Padding is marked in masks, never by a token id: pad may equal eos.
+    """
+
+    ids: torch.Tensor  # (B, P+R) token ids
+    prompt_mask: torch.Tensor  # (B, P) True at prompt tokens
+    mask: torch.Tensor  # (B, R) True at response tokens, the end token included
+    ended: torch.Tensor  # (B,) True where the response ends in an end token, False where the cap cut it off
+    keys: list  # B random keys, see uniforms
+    flops: float = 0.0  # model FLOPs that sampling cost
+    entropy: torch.Tensor | None = None  # (B, R) nats, of the sampler's own distribution at T = 1, if asked for
+
+    @property
+    def prompt_len(self):
+        return self.prompt_mask.shape[1]
+
+    def lengths(self):
+        """-> response lengths (B,), prompt lengths (B,), in tokens, on the CPU."""
+        return self.mask.sum(1).cpu(), self.prompt_mask.sum(1).cpu()
+
+    def responses(self):
+        """-> B lists of response token ids, padding removed."""
+        return [row[m].tolist() for row, m in zip(self.ids[:, self.prompt_len :], self.mask)]
+
+    def inputs(self):
+        """The model's keyword arguments for a forward pass over prompt + response."""
+        mask = torch.cat([self.prompt_mask, self.mask], 1).long()
+        if mask.all():  # no padding, no mask: attention may take its fastest path
+            return {"input_ids": self.ids}
+        return {"input_ids": self.ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+    def split(self, n):
+        """-> micro-batches of at most n rows, sorted by response length so that little of them is padding."""
+        order = self.mask.sum(1).argsort(stable=True)
+        for rows in order.split(n):
+            mask, prompt_mask = self.mask[rows], self.prompt_mask[rows]
+            R, P = int(mask.sum(1).max()), int(prompt_mask.sum(1).max())
+            ids = self.ids[rows, self.prompt_len - P : self.prompt_len + R]
+            keys = [self.keys[i] for i in rows.tolist()]
+            yield Rollouts(ids, prompt_mask[:, self.prompt_len - P :], mask[:, :R], self.ended[rows], keys)
+
+
+def make_rollouts(prompts, responses, ended, keys, vocab, device):
+    """Rollouts from lists of prompt ids and response ids."""
+    P, R = max(map(len, prompts)), max(map(len, responses))
+    ids = torch.full((len(prompts), P + R), vocab.pad_id)
+    mask = torch.zeros(len(prompts), P + R, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        row = slice(P - len(prompt), P + len(response))
+        ids[i, row], mask[i, row] = torch.tensor([*prompt, *response]), True
+    ids, mask, ended = ids.to(device), mask.to(device), torch.tensor(ended, dtype=torch.bool, device=device)
+    return Rollouts(ids, mask[:, :P], mask[:, P:], ended, keys)
+
+
+def uniforms(keys, n, stream):
+    """(B, n) fp32 numbers in [0, 1); row i depends on (stream, *keys[i]) alone, and number j not on n.
+
+    keys: B tuples of non-negative ints, here (seed, step, row). Whoever owns a row can draw its numbers, so rollouts
+    depend neither on the number of processes nor on micro-batches, and resuming needs no generator's state.
+    """
+    stream = zlib.crc32(stream.encode())
+    rows = [np.random.default_rng((stream, *key)).random(n, dtype=np.float32) for key in keys]
+    return torch.from_numpy(np.stack(rows))
+
+
+
 def draw(probs, u):
     """The token that the uniform number u picks by inverse CDF: the first y with F(y) > u. (..., V), (...) -> (...).
 
@@ -113,6 +283,131 @@ def draw(probs, u):
     total = cdf[..., -1:]
     u = torch.minimum(u[..., None].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, u, right=True)[..., 0]
+
+
+def sampling_logits(logits, temperature=1.0, top_p=1.0, top_k=0):
+    """The logits that are sampled from: temperature first, then the top_k most likely tokens (0: all), then the
+    smallest set of most likely tokens whose probability reaches top_p. (B, V) -> (B, V); what is excluded is −inf.
+    Temperature 0 keeps the most likely token only (greedy).
+    """
+    if temperature == 0:
+        top_k, temperature = 1, 1.0
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        best = logits.topk(top_k).indices
+        logits = torch.full_like(logits, -math.inf).scatter(-1, best, logits.gather(-1, best))
+    if top_p < 1:
+        sorted_logits, order = logits.sort(descending=True, stable=True)
+        probs = sorted_logits.softmax(-1)
+        outside = probs.cumsum(-1) - probs >= top_p  # what came before already reaches top_p
+        logits = logits.scatter(-1, order, sorted_logits.masked_fill(outside, -math.inf))
+    return logits
+
+
+@torch.no_grad()
+def sample(
+    model, prompts, keys, vocab, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stream="rollout", entropies=False
+):
+    """One response to each prompt, up to and including an end token of either model, or max_new_tokens.
+
+    prompts: B tuples of token ids; keys: B tuples of ints that fix each row's random numbers (see uniforms).
+    What is sampled is softmax(logits / temperature) with top_p and top_k as given here: a checkpoint's own
+    generation_config has no say. `entropies`: also record the predictive entropy (T = 1) at every token.
+    """
+    device, B = next(model.parameters()).device, len(prompts)
+    start = make_rollouts(prompts, [()] * B, [False] * B, keys, vocab, device)
+    u = uniforms(keys, max_new_tokens, stream).to(device)  # (B, R)
+    end_ids = torch.tensor(vocab.end_ids, device=device)
+    tokens = torch.full((B, max_new_tokens), vocab.pad_id, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    entropy_of = torch.zeros(B, max_new_tokens, device=device) if entropies else None
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    alive = torch.arange(B, device=device)  # the rows still in the KV cache
+    inputs = start.inputs()
+    attention, position = inputs.get("attention_mask"), start.prompt_mask.sum(1, keepdim=True)
+    cache = transformers.DynamicCache(config=model.config)
+    was_training = model.training
+    model.eval()
+    with whole_weights(model):
+        for t in range(max_new_tokens):
+            logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = logits[:, : vocab.size].float()  # (alive, V)
+            y = draw(sampling_logits(logits, temperature, top_p, top_k).softmax(-1), u[alive, t])
+            live = alive[~done[alive]]
+            tokens[alive, t] = torch.where(done[alive], vocab.pad_id, y)
+            mask[live, t] = True
+            if entropies:
+                entropy_of[alive, t] = entropy(logits)
+            done[alive] |= torch.isin(y, end_ids)
+            if t % 8 == 7:  # asking costs a wait for the device, and leaving ended rows in costs their compute
+                keep = ~done[alive]
+                if not keep.any():
+                    break
+                if not keep.all():
+                    alive, y, position = alive[keep], y[keep], position[keep]
+                    attention = None if attention is None else attention[keep]
+                    cache.batch_select_indices(keep.nonzero()[:, 0])
+            inputs = {"input_ids": y[:, None], "position_ids": position}
+            if attention is not None:
+                attention = torch.cat([attention, attention.new_ones(len(y), 1)], 1)
+                inputs["attention_mask"] = attention
+            position = position + 1
+    model.train(was_training)
+    R = int(mask.sum(1).max())
+    ids, mask = torch.cat([start.ids, tokens[:, :R]], 1), mask[:, :R]
+    rollouts = Rollouts(ids, start.prompt_mask, mask, done, keys, entropy=entropy_of[:, :R] if entropies else None)
+    rollouts.flops = sequence_flops(model, *rollouts.lengths()).sum().item()
+    return rollouts
+
+
+def stored_rollouts(teacher, batch, vocab, out_dir, samples, max_new_tokens, **sampling):
+    """The teacher's responses to a batch of prompts, sampled the first time they are asked for and read afterwards.
+
+    A teacher's response does not depend on the student, so one is enough for all steps, runs and scripts with the
+    same teacher, prompts and sampling arguments (see RolloutStore): that is what makes teacher prefixes cheap.
+    `samples` responses per prompt take turns over the epochs. Random numbers are keyed by (0, row of the dataset,
+    sample), so it does not matter who samples what, when; and a long response serves every shorter training length.
+    flops charges a response the first time that this run uses it, whether or not it was found on disk.
+    -> Rollouts. The store lies beside out_dir, in teacher_rollouts/, so that runs and scripts share it.
+    """
+    directory = os.path.join(os.path.dirname(os.path.normpath(out_dir)), "teacher_rollouts")
+    store = _open_store(teacher, batch.dataset, vocab, directory, tuple(sorted(sampling.items())))
+    wanted = [(row, epoch % samples) for row, epoch in zip(batch.rows, batch.epochs)]
+    missing = [key for key in dict.fromkeys(wanted) if not store.has(key, max_new_tokens)]
+    if total(len(missing)):  # all processes go together: a sharded teacher cannot sample alone
+        keys = missing or wanted[:1]
+        prompts = [batch.dataset[row] for row, _ in keys]
+        new = sample(teacher, prompts, [(0, *key) for key in keys], vocab, max_new_tokens, stream="teacher", **sampling)
+        store.add(keys, new.responses(), new.ended.tolist(), max_new_tokens)
+    responses, ended = zip(*(store.get(key, max_new_tokens) for key in wanted))
+    device = next(teacher.parameters()).device
+    rollouts = make_rollouts(batch.prompts, responses, ended, batch.keys, vocab, device)
+    costs = sequence_flops(teacher, *rollouts.lengths())
+    rollouts.flops = sum(cost for cost, epoch in zip(costs.tolist(), batch.epochs) if epoch < samples)
+    return rollouts
+
+
+@functools.lru_cache(1)
+def _open_store(teacher, prompts, vocab, directory, sampling):
+    return RolloutStore(directory, teacher, prompts, vocab, sampling)
+
+
+def sequence_flops(model, response_lens, prompt_lens):
+    """Model FLOPs of one forward pass over a prompt and its response, with the LM head at the response only.
+
+    (B,), (B,) -> (B,) float64. Two per weight of a matrix and token, plus attention: a token sees n others through
+    4·n·heads·head_dim FLOPs per layer (scores and values). The last token is predicted but never read. Sampling with a
+    KV cache does the same arithmetic as one such pass, and a backward pass twice as much. Padding is not counted.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight
+    embeddings = {id(head), id(model.get_input_embeddings().weight)}
+    body = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n = (prompt_lens + response_lens - 1).double()
+    pairs = n * (n + 1) / 2  # causal: token i attends to i tokens
+    attention = 4 * pairs * config.num_hidden_layers * config.num_attention_heads * head_dim
+    return 2 * body * n + attention + 2 * head.numel() * response_lens.double()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -127,3 +422,66 @@ def pass_at_k(n, c, k):
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(model, problems, vocab, k=8, n=0, temperature=1.0, max_new_tokens=1024, batch_size=256, seed=0):
+    """Sample n >= k responses to every problem (n = 0: k of them) and grade them.
+
+    -> (metrics, records): avg_at_k (mean accuracy), pass_at_k (unbiased), avg_at_k_ci (half the width of the normal
+    95 % interval over problems), eval_len (mean response length, tokens), eval_clip_ratio (fraction cut at
+    max_new_tokens), eval_entropy (mean predictive entropy at T = 1 per token of these rollouts, nats); and one dict
+    per problem. Random numbers are keyed by (seed, problem, sample), so two evaluations differ only by the model,
+    and processes may share the problems.
+    """
+    n = n or k
+    rank, world = rank_and_world()
+    mine = [(i, j) for i in range(rank, len(problems), world) for j in range(n)]
+    mine.sort(key=lambda pair: len(problems[pair[0]].prompt))  # prompts of a length share a batch: less padding
+    records = []
+    steps = math.ceil(math.ceil(len(problems) / world) * n / batch_size)  # the same on every process
+    for b in tqdm(range(steps), desc="evaluate", leave=False, disable=not is_main()):
+        pairs = mine[b * batch_size : (b + 1) * batch_size] or [(0, 0)]  # a process out of work keeps the others company
+        prompts, keys = [problems[i].prompt for i, _ in pairs], [(seed, i, j) for i, j in pairs]
+        rollouts = sample(model, prompts, keys, vocab, max_new_tokens, temperature, stream="evaluate", entropies=True)
+        entropies = (rollouts.entropy * rollouts.mask).sum(1).tolist()
+        for (i, j), ids, ended, nats in zip(pairs, rollouts.responses(), rollouts.ended.tolist(), entropies):
+            if b * batch_size < len(mine):
+                text = vocab.tokenizer.decode(ids, skip_special_tokens=True)
+                correct = grade(text, problems[i].answer)
+                records.append(dict(problem=i, sample=j, response=text, correct=correct, length=len(ids), ended=ended, nats=nats))
+    records = sorted(gather(records), key=lambda r: (r["problem"], r["sample"]))
+    right = [sum(r["correct"] for r in records[i * n : (i + 1) * n]) for i in range(len(problems))]
+    tokens = sum(r["length"] for r in records)
+    metrics = {
+        "avg_at_k": float(np.mean(right) / n),
+        "pass_at_k": float(np.mean([pass_at_k(n, c, k) for c in right])),
+        "avg_at_k_ci": float(1.96 * np.std(right, ddof=1) / n / math.sqrt(len(right))) if len(right) > 1 else 0.5,
+        "eval_len": tokens / len(records),
+        "eval_clip_ratio": float(np.mean([not r["ended"] for r in records])),
+        "eval_entropy": sum(r["nats"] for r in records) / tokens,
+    }
+    return metrics, records
+
+
+def evaluate_all(model, evals, vocab, args, step):
+    """evaluate() on every set of evals, {name: [Problem]}; prints a readable line for each. -> metrics for the log.
+
+    With several sets the plain keys hold the mean over sets, and `key/name` the set's own value.
+    """
+    results = {}
+    for name, problems in evals.items():
+        results[name], records = evaluate(
+            model, problems, vocab, args.eval_k, args.eval_n, args.eval_temperature, args.eval_max_new_tokens,
+            args.eval_batch_size, args.seed,
+        )  # fmt: skip
+        log_samples(args, step, name, problems, records)
+        if is_main():
+            tqdm.write(
+                f"step {step:5d}  {name}: Avg@{args.eval_k} {results[name]['avg_at_k']:.3f}  "
+                f"Pass@{args.eval_k} {results[name]['pass_at_k']:.3f}  entropy {results[name]['eval_entropy']:.3f} nats  "
+                f"length {results[name]['eval_len']:.1f}  cut {results[name]['eval_clip_ratio']:.1%}"
+            )
+    if len(results) == 1:
+        return next(iter(results.values()))
+    mean = {key: float(np.mean([m[key] for m in results.values()])) for key in next(iter(results.values()))}
+    return mean | {f"{key}/{name}": value for name, metrics in results.items() for key, value in metrics.items()}

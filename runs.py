@@ -1,0 +1,515 @@
+"""What a run needs and the lesson does not: arguments, processes, data and models, the output directory.
+
+A run lives in one directory: `args.json`, `log.jsonl`, `state-N/` (what resuming needs), `model/`, `curves.png`.
+Nothing here knows a method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
+
+from tasks import encode_prompts, load_problems, refuse
+
+# ----------------------------------------------------------------------------------------------------------------
+# Arguments
+
+# What cannot change the result of a run, and may therefore differ when it is continued.
+FREE_ARGS = {"out_dir", "micro_batch_size", "eval_batch_size", "save_every", "gradient_checkpointing"}
+
+
+def parse(Args, argv=None):
+    """The command line as an instance of the dataclass Args. A field's trailing comment is its --help text."""
+    source = inspect.getsource(Args)
+    for field in dataclasses.fields(Args):
+        comment = re.search(rf"^\s+{field.name}:.*?  # (.*)$", source, re.M)
+        field.metadata = {"help": comment.group(1).replace("%", "%%")} if comment else {}
+    parser = transformers.HfArgumentParser(
+        Args, allow_abbrev=False, description=sys.modules[Args.__module__].__doc__,
+        formatter_class=_HelpFormatter,
+    )  # fmt: skip
+    parser.error = lambda message: refuse(f"{message} (--help lists the arguments)")
+    return parser.parse_args_into_dataclasses(args=argv)[0]
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The script's docstring as it stands, and every default."""
+
+
+def check_args(args):
+    """Refuse, by name, an argument that no run can use. Fields that a script does not have are not looked at."""
+    at_least = dict(
+        steps=1, batch_size=1, micro_batch_size=1, max_new_tokens=1, eval_k=1, save_every=1, eval_batch_size=1,
+        eval_max_new_tokens=1, teacher_samples=1, top_k=0, eval_every=0, eval_n=0, seed=0, eval_temperature=0,
+        weight_decay=0, warmup=0,
+    )  # fmt: skip
+    for name, low in at_least.items():
+        value = getattr(args, name, low)
+        if not (math.isfinite(value) and value >= low):
+            refuse(f"--{name} is {value}, and must be at least {low}")
+    for name in ("lr", "temperature", "top_p", "max_grad_norm"):
+        value = getattr(args, name, 1.0)
+        if not (math.isfinite(value) and value > 0):
+            refuse(f"--{name} is {value}, and must be a finite number above 0")
+    if getattr(args, "top_p", 1.0) > 1 or getattr(args, "warmup", 0) > 1:
+        refuse(f"--top_p ({args.top_p}) and --warmup ({args.warmup}) are fractions, at most 1")
+    if getattr(args, "estimator", "exact") not in ("exact", "sampled"):
+        refuse(f"--estimator is {args.estimator!r}, and must be exact or sampled")
+    if args.eval_n and args.eval_n < args.eval_k:
+        refuse(f"--eval_k is {args.eval_k} but --eval_n is {args.eval_n}: Pass@k needs at least k samples a problem")
+    if args.precision not in ("auto", "fp32", "bf16"):
+        refuse(f"--precision is {args.precision!r}, and must be auto, fp32 or bf16")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if getattr(args, "batch_size", world) % world:
+        refuse(f"--batch_size is {args.batch_size}, and must be a multiple of the {world} processes")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Processes: everything below works the same in one process and under torchrun
+
+
+def rank_and_world():
+    """-> (this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_main():
+    return rank_and_world()[0] == 0
+
+
+def total(value):
+    """The sum of a number or tensor over all processes, in the type that was given."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else torch.float64).to(_device())
+    dist.all_reduce(tensor)
+    return tensor if isinstance(value, torch.Tensor) else type(value)(tensor.item())
+
+
+def gather(items):
+    """The lists of all processes, joined, on every process."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+@contextlib.contextmanager
+def whole_weights(model):
+    """Keep the gathered weights of a sharded model between forward passes: a decode step then needs no collective,
+    and processes may decode different numbers of steps. Does nothing to a model that is not sharded."""
+    yield
+
+
+def _device():
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data and models
+
+
+@dataclass(eq=False)
+class Vocab:
+    """What teacher and student must agree on before their distributions can be compared."""
+
+    tokenizer: object  # the student's, with the template that both are asked with
+    size: int  # logits in use
+    end_ids: tuple[int, ...]  # the end tokens of both models: a rollout stops at any of them
+    pad_id: int  # fills what the masks exclude; may well be an end token
+
+
+@dataclass
+class Batch:
+    """The prompts that one process works on in one step."""
+
+    dataset: Prompts
+    prompts: list  # b tuples of token ids
+    rows: list  # their rows in the dataset
+    epochs: list  # how often each had been used before
+    keys: list  # (seed, step, row of the global batch): what fixes all random numbers of the step
+
+
+class Prompts(list):
+    """A data set as a list of prompts (tuples of token ids) in the order of the file."""
+
+    __hash__ = object.__hash__  # one data set is one key, however many prompts it holds
+
+    def batch(self, step, batch_size, seed):
+        """The share of this process in step's global batch. Every epoch is a new permutation, and a batch may span
+        two; all of it follows from (seed, step), so a resumed run needs to remember nothing."""
+        rank, world = rank_and_world()
+        places = [(step - 1) * batch_size + i for i in range(rank, batch_size, world)]
+        epochs = [place // len(self) for place in places]
+        order = {e: np.random.default_rng((seed, e)).permutation(len(self)) for e in set(epochs)}
+        rows = [int(order[e][place % len(self)]) for e, place in zip(epochs, places)]
+        keys = [(seed, step, i) for i in range(rank, batch_size, world)]
+        return Batch(self, [self[row] for row in rows], rows, epochs, keys)
+
+
+def start(args):
+    """Everything that can go wrong without a model's weights goes wrong here -> (train, evals, vocab).
+
+    Checks the arguments, the output directory (ends the program if the run is finished), the data, and that the
+    models can be compared: tokenizers, templates, end tokens, context lengths. train: Prompts; evals: {name: [Problem]}.
+    """
+    check_args(args)
+    warnings.filterwarnings("ignore", module="torch.distributed")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    _check_out_dir(args)
+    train = load_problems(args.data)
+    evals = {name: load_problems(name, needs_answer=True) for name in args.eval_data.split(",")}
+    vocab = load_vocab(args, [train, *evals.values()])
+    os.makedirs(args.out_dir, exist_ok=True)
+    if is_main():
+        _write(args.out_dir, "args.json", dataclasses.asdict(args))
+    return Prompts(p.prompt for p in train), evals, vocab
+
+
+def load_vocab(args, problem_sets):
+    """Load the tokenizers and configs of args.student and args.teacher (if there is one), encode the prompts of all
+    problem sets, and refuse what cannot work. -> Vocab"""
+    paths = {role: getattr(args, role) for role in ("student", "teacher") if hasattr(args, role)}
+    configs = {role: _load(transformers.AutoConfig, path, role).get_text_config() for role, path in paths.items()}
+    tokenizers = {role: _load(transformers.AutoTokenizer, path, role) for role, path in paths.items()}
+    student, asker = tokenizers["student"], tokenizers.get("teacher", tokenizers["student"])
+    for problems in problem_sets:
+        encode_prompts(problems, asker, args.thinking)
+    if "teacher" in paths:
+        ordinary = [{t: i for t, i in tok.get_vocab().items() if t not in tok.get_added_vocab()} for tok in (student, asker)]
+        if ordinary[0] != ordinary[1]:
+            refuse(
+                f"the tokenizers of student ({len(ordinary[0])} tokens) and teacher ({len(ordinary[1])} tokens) differ: "
+                "their distributions are over different things; choose two models of one family"
+            )
+        student.chat_template = asker.chat_template  # the teacher's template serves both
+        probes = [dataclasses.replace(p) for p in problem_sets[0][:256]]
+        encode_prompts(probes, student, args.thinking)
+        if any(a.prompt != b.prompt for a, b in zip(probes, problem_sets[0])):
+            refuse("student and teacher tokenize the same prompt differently: choose two models of one family")
+    sizes = {role: config.vocab_size for role, config in configs.items()}
+    needed, size = max(max(tok.get_vocab().values()) + 1 for tok in tokenizers.values()), min(sizes.values())
+    if needed > size:
+        refuse(f"the tokenizer has ids up to {needed - 1}, but the models' vocabulary sizes are {sizes}")
+    if len(set(sizes.values())) > 1:
+        size = needed
+        if is_main():
+            print(f"vocabulary sizes are {sizes}: logits cropped to the tokenizer's {size}")
+    end_ids = set()
+    for role, path in paths.items():
+        try:
+            generation = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:
+            generation = None
+        for ids in (configs[role].eos_token_id, generation, tokenizers[role].eos_token_id):
+            end_ids.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    end_ids = tuple(sorted(i for i in end_ids if 0 <= i < size))
+    if not end_ids:
+        refuse("neither model has an end token (eos_token_id), so no response could ever end: set one in config.json")
+    longest = max((p for problems in problem_sets for p in problems), key=lambda p: len(p.prompt))
+    for role, config in configs.items():
+        room, new = config.max_position_embeddings, max(getattr(args, "max_new_tokens", 0), args.eval_max_new_tokens)
+        if len(longest.prompt) + new > room:
+            refuse(
+                f"the longest prompt has {len(longest.prompt)} tokens; with {new} new ones it exceeds the {role}'s "
+                f"context of {room}: {longest.question[:60]!r}..."
+            )
+    pad_id = student.pad_token_id if student.pad_token_id is not None else end_ids[0]
+    return Vocab(student, size, end_ids, pad_id)
+
+
+def load_model(path, args, trainable):
+    """A causal LM on this process's device: the trained one with fp32 weights, which small learning rates need."""
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and torch.cuda.is_available())
+    dtype = torch.bfloat16 if bf16 and not trainable else torch.float32
+    model = _load(transformers.AutoModelForCausalLM, path, "model", dtype=dtype).to(_device())
+    if model.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # threads cost tiny matrices more than they
+        torch.set_num_threads(1 if model.num_parameters() < 10e6 else os.cpu_count())  # give, and busy cores ten times that
+    model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree
+    if bf16 and trainable:
+        model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
+    return model
+
+
+def _load(auto_class, path, role, **options):
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        refuse(f"{role} {path!r} is a folder without config.json, not a checkpoint that save_pretrained wrote")
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except Exception as error:  # the hub, the file system, the format: transformers raises them all
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        refuse(f"cannot load the {role} {path!r} with {auto_class.__name__}: {reason}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Teacher rollouts on disk
+
+
+class RolloutStore:
+    """Responses of one teacher to one list of prompts, by (row, sample), in an append-only JSONL file.
+
+    The file is named by a hash of all that the responses depend on: the teacher's weights, the token ids of the
+    prompts (data, template and tokenizer), the end tokens and the sampling arguments. Whatever changes, the name
+    does too, so a stale store is never read.
+    """
+
+    def __init__(self, directory, teacher, prompts, vocab, sampling):
+        # An exact checksum, whatever the order of summation and however the weights are sharded.
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in teacher.state_dict().values()]
+        as_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = [p.contiguous().view(as_int[p.element_size()]).sum(dtype=torch.int64) for p in local]
+        weights = total(torch.stack(sums)).tolist()
+        ingredients = json.dumps([weights, prompts, vocab.end_ids, vocab.size, sampling])
+        name = hashlib.sha256(ingredients.encode()).hexdigest()[:16]
+        os.makedirs(directory, exist_ok=True)
+        self.path = os.path.join(directory, f"{name}.{rank_and_world()[0]}.jsonl")
+        self.found = {}
+        for file in sorted(os.listdir(directory)):
+            if file.startswith(name + "."):
+                for row in _read_lines(os.path.join(directory, file)):
+                    self._keep((row["row"], row["sample"]), row["ids"], row["ended"], row["cap"])
+
+    def _keep(self, key, ids, ended, cap):
+        if key not in self.found or self.found[key][2] < cap:
+            self.found[key] = (ids, ended, cap)
+
+    def has(self, key, max_new_tokens):
+        """Is there a response that ended, or that was allowed to be this long?"""
+        return key in self.found and (self.found[key][1] or self.found[key][2] >= max_new_tokens)
+
+    def get(self, key, max_new_tokens):
+        """-> (token ids cut at max_new_tokens, whether the response ends within them)."""
+        ids, ended, _ = self.found[key]
+        return ids[:max_new_tokens], ended and len(ids) <= max_new_tokens
+
+    def add(self, keys, responses, ended, cap):
+        with open(self.path, "a") as file:
+            for (row, sample), ids, end in zip(keys, responses, ended):
+                record = {"row": row, "sample": sample, "ids": ids, "ended": end, "cap": cap}
+                file.write("\n" + json.dumps(record))  # newline first: a line that a kill cut short stays alone
+                self._keep((row, sample), ids, end, cap)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The output directory
+
+
+@dataclass
+class Progress:
+    """How far a run has come; all else that resuming needs is weights and optimizer."""
+
+    step: int = 0  # updates done
+    flops: float = 0.0  # model FLOPs so far: sampling, teacher, student
+    seconds: float = 0.0  # wall time of the steps so far, evaluation and saving not counted
+
+
+def _check_out_dir(args):
+    """Refuse a directory that belongs to another run or cannot be written; end the program if this run is finished."""
+    out = args.out_dir
+    try:
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, f".write-test-{os.getpid()}"), "w") as file:
+            os.unlink(file.name)
+    except OSError as error:
+        refuse(f"cannot write to --out_dir {out!r}: {error.strerror}")
+    finished = os.path.isdir(os.path.join(out, "model"))
+    path = os.path.join(out, "args.json")
+    if not os.path.exists(path):
+        if finished or os.path.exists(os.path.join(out, "log.jsonl")):
+            refuse(f"--out_dir {out!r} holds results but no args.json saying of what: choose another directory")
+        return
+    try:
+        with open(path) as file:
+            before = json.load(file)
+    except ValueError:
+        refuse(f"{path} is damaged: choose another --out_dir, or remove {out!r} to start afresh")
+    now = dataclasses.asdict(args)
+    names = [name for name in {**before, **now} if name not in FREE_ARGS and before.get(name) != now.get(name)]
+    if names:
+        changes = "; ".join(f"--{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        refuse(f"{out!r} holds a run with other arguments: {changes}. Choose another --out_dir, or remove that one")
+    if finished:
+        if is_main():
+            print(f"{out!r} holds this run, finished: model/ and curves.png are there. To start afresh: rm -r {out}")
+        raise SystemExit(0)
+
+
+def resume(args, student, optimizer):
+    """Load the last complete state into student and optimizer, and cut the log back to it. -> Progress"""
+    states = sorted(int(name[6:]) for name in os.listdir(args.out_dir) if re.fullmatch(r"state-\d+", name))
+    progress = Progress()
+    if states:
+        path = os.path.join(args.out_dir, f"state-{states[-1]}")
+        try:
+            model_state, optimizer_state = get_state_dict(student, optimizer)
+            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+            set_state_dict(student, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+            with open(os.path.join(path, "progress.json")) as file:
+                progress = Progress(**json.load(file))
+        except Exception as error:  # a missing or truncated file, in whatever form the reader meets it
+            reason = str(error).strip().split("\n")[0]
+            refuse(f"{path} is damaged ({type(error).__name__}: {reason}); remove {args.out_dir!r} to start afresh")
+    log_path = os.path.join(args.out_dir, "log.jsonl")
+    if is_main() and os.path.exists(log_path):
+        rows = [row for row in _read_lines(log_path) if row["step"] <= progress.step and states]
+        _write(args.out_dir, "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    if states and is_main():
+        print(f"continuing {args.out_dir} after step {progress.step}")
+    return progress
+
+
+def log(args, row):
+    """Append one line to log.jsonl."""
+    if is_main():
+        with open(os.path.join(args.out_dir, "log.jsonl"), "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def save_state(args, progress, student, optimizer):
+    """Write all that resuming needs to state-N/. A state exists under its name only once it is complete."""
+    final, partial = (os.path.join(args.out_dir, name) for name in (f"state-{progress.step}", "state.partial"))
+    if is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+    barrier()
+    model_state, optimizer_state = get_state_dict(student, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    if is_main():
+        _write(partial, "progress.json", dataclasses.asdict(progress))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        for name in os.listdir(args.out_dir):
+            if re.fullmatch(r"state-\d+", name) and name != os.path.basename(final):
+                shutil.rmtree(os.path.join(args.out_dir, name))
+    barrier()
+
+
+def finish(args, student, vocab):
+    """Write model/ (an ordinary checkpoint with tokenizer) and curves.png; the states are no longer needed."""
+    draw_curves(args.out_dir)
+    student.generation_config = transformers.GenerationConfig(eos_token_id=list(vocab.end_ids), pad_token_id=vocab.pad_id)
+    partial, final = (os.path.join(args.out_dir, name) for name in ("model.partial", "model"))
+    if is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        student.save_pretrained(partial)
+        vocab.tokenizer.save_pretrained(partial)
+        os.rename(partial, final)
+        for name in os.listdir(args.out_dir):
+            if re.fullmatch(r"state(-\d+|\.partial)", name):
+                shutil.rmtree(os.path.join(args.out_dir, name))
+        print(f"done: {final} is the trained student, {args.out_dir}/curves.png the course of the run")
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class CtrlC:
+    """Ctrl-C asks the run to stop after the step under way; a second one stops it at once."""
+
+    def __init__(self):
+        self.asked = False
+        with contextlib.suppress(ValueError):  # not in the main thread: then leave Ctrl-C alone
+            signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __bool__(self):
+        return total(int(self.asked)) > 0  # all processes agree
+
+
+def draw_curves(out_dir):
+    """curves.png from log.jsonl: loss, entropy, response length, accuracy over steps."""
+    if not is_main():
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = _read_lines(os.path.join(out_dir, "log.jsonl"))
+    panels = [
+        ("loss (nats per response token)", ["loss"]),
+        ("entropy (nats per token)", ["entropy", "eval_entropy"]),
+        ("response length (tokens)", ["response_len", "eval_len"]),
+        ("accuracy on eval_data", ["avg_at_k", "pass_at_k"]),
+    ]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, panels):
+        for name, style in zip(names, ("-", "o--")):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), "o-" if name == "avg_at_k" else style, label=name, markersize=4)
+        axis.set(title=title, xlabel="step")
+        axis.legend(frameon=False)
+    figure.suptitle(out_dir)
+    figure.savefig(os.path.join(out_dir, "curves.png"), dpi=110)
+    plt.close(figure)
+
+
+def _write(directory, name, content):
+    """Write a whole file or leave the old one: never half of it."""
+    path = os.path.join(directory, name)
+    with open(path + ".partial", "w") as file:
+        file.write(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".partial", path)
+
+
+def _read_lines(path):
+    """The rows of a JSONL file that this program wrote; a line that a kill cut short is left out."""
+    rows = []
+    with open(path) as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def log_samples(args, step, name, problems, records):
+    """Keep the three best and the three worst problems of an evaluation readable, in samples-STEP.jsonl."""
+    if not is_main():
+        return
+    by_problem = {}
+    for r in records:
+        by_problem.setdefault(r["problem"], []).append(r)
+    ranked = sorted(by_problem, key=lambda i: -sum(r["correct"] for r in by_problem[i]))
+    chosen = dict.fromkeys(ranked[:3] + ranked[-3:])
+    rows = [
+        dict(step=step, set=name, prompt=problems[i].question, answer=problems[i].answer, response=r["response"], correct=r["correct"])
+        for i in chosen
+        for r in by_problem[i][:2]
+    ]
+    _write(args.out_dir, f"samples-{step}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def steps(first, last):
+    """range(first, last + 1) with a progress bar."""
+    return tqdm(range(first, last + 1), initial=first - 1, total=last, desc="steps", disable=not is_main())

@@ -1,0 +1,92 @@
+"""Shared fixtures: tiny checkpoints of real architectures, made here so that the suite needs no network."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asked the network would wait for it
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+QUESTIONS = ["Tom has 3 apples and buys 4 more. How many?", "What is 12 divided by 4?", "Add 2, 5 and 1.", "Is 7 prime?"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tokenizer(eos, corpus=(), vocab_size=300):
+    """A byte-level BPE tokenizer as Qwen's: special tokens last, ChatML template with a thinking switch."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(alphabet), show_progress=False)
+    tok.train_from_iterator([*QUESTIONS, *corpus], trainer)
+    tok.add_special_tokens(SPECIAL)  # the same ids whichever of them is the eos
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=eos, pad_token="<|endoftext|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+def make_checkpoint(
+    path, arch="Qwen3", tied=True, eos="<|im_end|>", padded=0, hidden=32, layers=2, seed=0, tokenizer=None, **config
+):
+    """Save a tiny random causal LM and its tokenizer under path -> str(path). padded: extra embedding rows."""
+    tokenizer = tokenizer or make_tokenizer(eos)
+    torch.manual_seed(seed)
+    options = dict(
+        vocab_size=len(tokenizer) + padded,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,  # distributions with shape: near-uniform ones would hide a swapped direction
+    ) | config
+    if arch == "Qwen3":
+        options.setdefault("head_dim", hidden // 4)
+    model = getattr(transformers, f"{arch}ForCausalLM")(getattr(transformers, f"{arch}Config")(**options))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def write_jsonl(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_log(out_dir, times=False):
+    """log.jsonl as a list of dicts, without what depends on the clock."""
+    rows = [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text().splitlines()]
+    return rows if times else [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in rows]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A directory with a student, a teacher and a data set; -> arguments that make any script run on them quickly."""
+    root = tmp_path_factory.mktemp("world")
+    rows = [{"question": f"{q} ({i})", "answer": f"work <<1+1=2>>\n#### {i}"} for i, q in enumerate(QUESTIONS * 3)]
+    return dict(
+        student=make_checkpoint(root / "student", eos="<|endoftext|>", seed=1),
+        teacher=make_checkpoint(root / "teacher", hidden=48, seed=2),
+        data=write_jsonl(root / "train.jsonl", rows),
+        eval_data=write_jsonl(root / "eval.jsonl", rows[:3]),
+        steps=3, batch_size=4, micro_batch_size=3, max_new_tokens=6, eval_max_new_tokens=6, eval_k=2, lr=1e-3,
+    )  # fmt: skip
