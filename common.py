@@ -440,15 +440,15 @@ def evaluate(model, problems, vocab, k=8, n=0, temperature=1.0, max_new_tokens=1
     records = []
     steps = math.ceil(math.ceil(len(problems) / world) * n / batch_size)  # the same on every process
     for b in tqdm(range(steps), desc="evaluate", leave=False, disable=not is_main()):
-        pairs = mine[b * batch_size : (b + 1) * batch_size] or [(0, 0)]  # a process out of work keeps the others company
+        pairs = mine[b * batch_size : (b + 1) * batch_size] or [(0, 0)]  # out of work: keep the others company
         prompts, keys = [problems[i].prompt for i, _ in pairs], [(seed, i, j) for i, j in pairs]
         rollouts = sample(model, prompts, keys, vocab, max_new_tokens, temperature, stream="evaluate", entropies=True)
         entropies = (rollouts.entropy * rollouts.mask).sum(1).tolist()
         for (i, j), ids, ended, nats in zip(pairs, rollouts.responses(), rollouts.ended.tolist(), entropies):
             if b * batch_size < len(mine):
                 text = vocab.tokenizer.decode(ids, skip_special_tokens=True)
-                correct = grade(text, problems[i].answer)
-                records.append(dict(problem=i, sample=j, response=text, correct=correct, length=len(ids), ended=ended, nats=nats))
+                result = dict(response=text, correct=grade(text, problems[i].answer), length=len(ids))
+                records.append(dict(problem=i, sample=j, **result, ended=ended, nats=nats))
     records = sorted(gather(records), key=lambda r: (r["problem"], r["sample"]))
     right = [sum(r["correct"] for r in records[i * n : (i + 1) * n]) for i in range(len(problems))]
     tokens = sum(r["length"] for r in records)
@@ -476,10 +476,10 @@ def evaluate_all(model, evals, vocab, args, step):
         )  # fmt: skip
         log_samples(args, step, name, problems, records)
         if is_main():
+            m, k = results[name], args.eval_k
             tqdm.write(
-                f"step {step:5d}  {name}: Avg@{args.eval_k} {results[name]['avg_at_k']:.3f}  "
-                f"Pass@{args.eval_k} {results[name]['pass_at_k']:.3f}  entropy {results[name]['eval_entropy']:.3f} nats  "
-                f"length {results[name]['eval_len']:.1f}  cut {results[name]['eval_clip_ratio']:.1%}"
+                f"step {step:4d}  {name}: Avg@{k} {m['avg_at_k']:.3f}  Pass@{k} {m['pass_at_k']:.3f}  "
+                f"entropy {m['eval_entropy']:.3f} nats  length {m['eval_len']:.1f}  cut {m['eval_clip_ratio']:.1%}"
             )
     if len(results) == 1:
         return next(iter(results.values()))

@@ -123,7 +123,9 @@ def whole_weights(model):
 
 
 def _device():
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -247,8 +249,8 @@ def load_model(path, args, trainable):
     bf16 = args.precision == "bf16" or (args.precision == "auto" and torch.cuda.is_available())
     dtype = torch.bfloat16 if bf16 and not trainable else torch.float32
     model = _load(transformers.AutoModelForCausalLM, path, "model", dtype=dtype).to(_device())
-    if model.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # threads cost tiny matrices more than they
-        torch.set_num_threads(1 if model.num_parameters() < 10e6 else os.cpu_count())  # give, and busy cores ten times that
+    if model.device.type == "cpu" and model.num_parameters() < 10e6:
+        torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much
     model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree
     if bf16 and trainable:
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
@@ -410,7 +412,8 @@ def save_state(args, progress, student, optimizer):
 def finish(args, student, vocab):
     """Write model/ (an ordinary checkpoint with tokenizer) and curves.png; the states are no longer needed."""
     draw_curves(args.out_dir)
-    student.generation_config = transformers.GenerationConfig(eos_token_id=list(vocab.end_ids), pad_token_id=vocab.pad_id)
+    ends = dict(eos_token_id=list(vocab.end_ids), pad_token_id=vocab.pad_id)
+    student.generation_config = transformers.GenerationConfig(**ends)
     partial, final = (os.path.join(args.out_dir, name) for name in ("model.partial", "model"))
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
@@ -503,7 +506,7 @@ def log_samples(args, step, name, problems, records):
     ranked = sorted(by_problem, key=lambda i: -sum(r["correct"] for r in by_problem[i]))
     chosen = dict.fromkeys(ranked[:3] + ranked[-3:])
     rows = [
-        dict(step=step, set=name, prompt=problems[i].question, answer=problems[i].answer, response=r["response"], correct=r["correct"])
+        dict(set=name, prompt=problems[i].question, answer=problems[i].answer, response=r["response"], correct=r["correct"])
         for i in chosen
         for r in by_problem[i][:2]
     ]

@@ -68,7 +68,7 @@ class Args:
     save_every: int = 50  # steps between states to continue from
     seed: int = 0  # of everything random
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: str = "auto"  # fp32, bf16 (teacher and activations; the student's weights stay fp32), auto: bf16 on a GPU
+    precision: str = "auto"  # fp32; bf16: teacher and activations, student weights stay fp32; auto: bf16 on a GPU
 
 
 def main(args: Args):
@@ -77,7 +77,9 @@ def main(args: Args):
     # (1) Models
     student = load_model(args.student, args, trainable=True)
     teacher = load_model(args.teacher, args, trainable=False)
-    sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    sampling = dict(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
+    )
 
     # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -91,7 +93,7 @@ def main(args: Args):
         batch = train.batch(step, args.batch_size, args.seed)
 
         # (3) Prefixes. WHERE is supervision applied? On what the teacher says, sampled once and reused.
-        rollouts = stored_rollouts(teacher, batch, vocab, args.out_dir, args.teacher_samples, args.max_new_tokens, **sampling)
+        rollouts = stored_rollouts(teacher, batch, vocab, args.out_dir, args.teacher_samples, **sampling)
 
         # (4) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
@@ -112,15 +114,15 @@ def main(args: Args):
             group["lr"] = lr
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm).item()
         if not math.isfinite(loss + grad_norm):
-            refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}; the last good state is kept in {args.out_dir}")
+            refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}; {args.out_dir} keeps the last good state")
         optimizer.step()
         optimizer.zero_grad()
 
         # (6) Log, evaluate, save
         seconds = time.perf_counter() - started
-        flops = sequence_flops(teacher, *rollouts.lengths()).sum() + 3 * sequence_flops(student, *rollouts.lengths()).sum()
+        forward = [sequence_flops(model, *rollouts.lengths()).sum().item() for model in (teacher, student)]
+        progress.flops += total(rollouts.flops + forward[0] + 3 * forward[1])  # a backward pass is two forward ones
         progress.step, progress.seconds = step, progress.seconds + seconds
-        progress.flops += total(flops.item() + rollouts.flops)
         row = dict(
             step=step,
             loss=loss,

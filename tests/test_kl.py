@@ -264,6 +264,13 @@ def test_draw_takes_the_first_token_whose_cumulative_probability_exceeds_u(dtype
     assert draw(probs.expand(3, 6, 7), u.expand(3, 6)).tolist() == [[token for _, token in cases]] * 3
 
 
+@pytest.mark.parametrize("total", [0.25, 1.0, 8.0])
+def test_draw_needs_no_normalised_probabilities(total):
+    """Cutting a distribution off (top-k, top-p) leaves less than 1; what is left is drawn in proportion."""
+    probs = torch.tensor([0.25, 0.0, 0.5, 0.25])
+    assert draw(total * probs, torch.tensor([0.0, 0.24, 0.25, 0.74, 0.75, 0.99])).tolist() == [0, 0, 2, 2, 3, 3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_draw_never_takes_an_impossible_token(dtype):
     """Rounding lets a CDF over a real vocabulary end off 1; its two ends must still be tokens that can occur."""

@@ -1,0 +1,120 @@
+"""The same scripts on input as it comes: published data formats, other architectures, the conventions of Qwen3."""
+
+import importlib
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import make_checkpoint, make_tokenizer, read_log, write_jsonl
+from test_scripts import run
+
+import tasks
+from runs import load_vocab, parse
+
+GSM8K = {
+    "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
+    "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n48+24 = <<48+24=72>>72 altogether.\n#### 72",
+}
+MATH = {"problem": "Find $3 \\cdot 4$.", "solution": "It is $\\boxed{12}$.", "answer": "12", "level": 2, "subject": "Algebra"}
+AMC = {"id": 0, "problem": "How many miles?", "answer": 27.0, "question": "How many miles?"}
+AIME = {"id": 60, "problem": "Find the number of minutes.", "answer": "025", "url": "x"}
+
+
+@pytest.mark.parametrize("row, answer", [(GSM8K, "72"), (MATH, "12"), (AMC, "27.0"), (AIME, "025")])
+def test_published_formats(row, answer, tmp_path):
+    (problem,) = tasks.load_problems(write_jsonl(tmp_path / "a.jsonl", [row]), needs_answer=True)
+    assert problem.answer == answer and problem.question == (row.get("problem") or row["question"])
+    assert tasks.grade(f"... so it is \\boxed{{{float(answer):g}}}.", problem.answer)
+
+
+def test_files_that_datasets_reads(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\nWhat is 1+1?,2\nWhat is 2+2?,4\n")
+    assert [p.answer for p in tasks.load_problems(str(tmp_path / "a.csv"), True)] == ["2", "4"]
+
+
+def test_hub_names_carry_config_and_split(monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [GSM8K])
+    for name in ("openai/gsm8k:main:test", "openai/gsm8k:main", "zwhe99/DeepMath"):
+        tasks.load_problems(name)
+    assert asked == [
+        (("openai/gsm8k",), {"name": "main", "split": "test"}),
+        (("openai/gsm8k",), {"name": "main", "split": "train"}),
+        (("zwhe99/DeepMath",), {"name": None, "split": "train"}),
+    ]
+
+
+@pytest.mark.parametrize("script", ["opd", "sft_offpolicy"])
+@pytest.mark.parametrize(
+    "student, teacher",
+    [
+        (dict(arch="Llama", tied=False), dict(arch="Llama", tied=True, hidden=48)),
+        (dict(arch="Qwen3", tied=True, padded=5), dict(arch="Llama", tied=False, padded=21)),
+        (dict(arch="Llama", tied=True, padded=9), dict(arch="Qwen3", tied=False, padded=9)),
+    ],
+    ids=["llama", "qwen3-from-llama-padded", "llama-from-qwen3"],
+)
+def test_any_causal_lm_checkpoint(script, student, teacher, tmp_path, capsys):
+    """Two architectures, tied and untied heads, a BPE tokenizer, different end tokens, padded vocabularies, and a
+    generation_config that would cut the distribution if anybody looked at it."""
+    corpus = [GSM8K["question"], GSM8K["answer"]]
+    paths = {}
+    for role, options, eos in (("student", student, "<|endoftext|>"), ("teacher", teacher, "<|im_end|>")):
+        tokenizer = make_tokenizer(eos, corpus, vocab_size=340)
+        paths[role] = make_checkpoint(tmp_path / role, tokenizer=tokenizer, **options)
+        hostile = dict(do_sample=True, temperature=0.01, top_k=1, eos_token_id=tokenizer.eos_token_id)
+        (tmp_path / role / "generation_config.json").write_text(json.dumps(hostile))
+    train = write_jsonl(tmp_path / "train.jsonl", [GSM8K | {"question": f"{i}. {GSM8K['question']}"} for i in range(6)])
+    evals = ",".join(write_jsonl(tmp_path / f"{n}.jsonl", [r]) for n, r in (("gsm8k", GSM8K), ("math", MATH), ("amc", AMC)))
+    arguments = dict(steps=2, batch_size=4, max_new_tokens=8, eval_max_new_tokens=8, eval_k=2, lr=1e-3)
+    run(script, **paths, data=train, eval_data=evals, **arguments, out_dir=tmp_path / "run/out")
+    rows = read_log(tmp_path / "run/out")
+    assert len(rows) == 3 and 0 < rows[2]["eval_entropy"] < 6 and f"avg_at_k/{tmp_path}/amc.jsonl" in rows[2]
+    said = capsys.readouterr().out
+    assert ("cropped to the tokenizer's" in said) == (student.get("padded", 0) != teacher.get("padded", 0))
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/out/model")
+    assert saved.config.tie_word_embeddings == student["tied"]
+    assert type(saved).__name__ == student["arch"] + "ForCausalLM"
+    before = transformers.AutoModelForCausalLM.from_pretrained(paths["student"])
+    assert saved.config.vocab_size == before.config.vocab_size, "training does not resize a model"
+    assert set(saved.generation_config.eos_token_id) == {340, 342}  # whoever samples from it stops as we did
+
+
+def test_prompts_and_ends_are_shared(world):
+    """One template for both, the teacher's, thinking off unless asked for; and the end tokens of both models."""
+    module = importlib.import_module("opd")
+    args = parse(module.Args, ["--student", world["student"], "--teacher", world["teacher"]])
+    problems = [tasks.Problem("What is 12 divided by 4?", "3")]
+    vocab = load_vocab(args, [problems])
+    text = vocab.tokenizer.decode(problems[0].prompt)
+    assert text == (
+        "<|im_start|>user\nWhat is 12 divided by 4?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    names = vocab.tokenizer.convert_ids_to_tokens(list(vocab.end_ids))
+    assert sorted(names) == ["<|endoftext|>", "<|im_end|>"]
+    args.thinking = True
+    load_vocab(args, [problems])
+    assert vocab.tokenizer.decode(problems[0].prompt).endswith("<|im_start|>assistant\n")
+
+
+def test_what_the_loss_does_at_an_end_token(world):
+    """The end token is a response token like any other: it is scored, under its own id. Where the teacher would end
+    with <|im_end|> and the student ended with <|endoftext|>, the KL at that position says so."""
+    from common import forward_kl, make_rollouts, weighted_kl
+
+    student, teacher = (
+        transformers.AutoModelForCausalLM.from_pretrained(world[role]).eval() for role in ("student", "teacher")
+    )
+    args = parse(importlib.import_module("opd").Args, ["--student", world["student"], "--teacher", world["teacher"]])
+    problems = [tasks.Problem("Is 7 prime?", "1")]
+    vocab = load_vocab(args, [problems])
+    prompt, response = problems[0].prompt, (10, 11, vocab.end_ids[0])
+    batch = make_rollouts([prompt], [response], [True], [(0, 1, 0)], vocab, "cpu")
+    only_end = torch.tensor([[0.0, 0.0, 1.0]])
+    loss, _ = weighted_kl(forward_kl, student, teacher, batch, only_end, vocab)
+    ids = torch.tensor([[*prompt, *response]])
+    at_end = [model(ids).logits[0, -2, : vocab.size] for model in (student, teacher)]
+    torch.testing.assert_close(loss, forward_kl(*at_end), rtol=1e-5, atol=1e-6)

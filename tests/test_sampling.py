@@ -1,0 +1,158 @@
+"""Sampling: the right distribution, the right end, and rollouts that depend on (seed, step, row) alone."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import make_checkpoint
+
+from common import draw, make_rollouts, sample, sampling_logits, sequence_flops, uniforms
+from runs import Vocab
+
+
+@pytest.fixture(scope="module", params=["Qwen3", "Llama"])
+def model(request, tmp_path_factory):
+    """A tiny model whose checkpoint carries a hostile generation_config, as Qwen3's own does."""
+    path = make_checkpoint(tmp_path_factory.mktemp("model"), arch=request.param, seed=3)
+    hostile = dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.3, eos_token_id=[1, 2])
+    Path(path, "generation_config.json").write_text(json.dumps(hostile))
+    return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def vocab_of(model, end_ids=()):
+    return Vocab(None, model.config.vocab_size, tuple(end_ids), pad_id=0)
+
+
+PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13), (14,), (20, 21)]
+
+
+def keys_for(prompts, step=1):
+    return [(0, step, row) for row in range(len(prompts))]
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 7), (2.0, 0.9, 20)])
+def test_what_is_sampled_is_the_stated_distribution(model, temperature, top_p, top_k):
+    """Chi-square over 4,000 one-token rollouts: T, top_p and top_k are the arguments', not the checkpoint's."""
+    n = 4000
+    prompts = [PROMPTS[1]] * n
+    rollouts = sample(model, prompts, keys_for(prompts), vocab_of(model), 1, temperature, top_p, top_k)
+    with torch.no_grad():
+        p = (model(torch.tensor([PROMPTS[1]])).logits[0, -1] / temperature).softmax(-1).double()
+    order = p.argsort(descending=True)  # the definition, token by token, of what stays
+    kept, mass = [], 0.0
+    for y in order.tolist()[: top_k or None]:
+        kept.append(y)
+        mass += p[y].item()
+    if top_p < 1:
+        inside, kept, renormalised = kept, [], mass
+        mass = 0.0
+        for y in inside:
+            if mass / renormalised >= top_p:
+                break
+            kept.append(y)
+            mass += p[y].item()
+    expected = torch.zeros_like(p)
+    expected[kept] = p[kept] / mass
+    counts = torch.bincount(rollouts.ids[:, -1], minlength=len(p)).double()
+    assert counts[expected == 0].sum() == 0
+    big = expected * n >= 5  # the rest goes into one bin
+    observed = torch.cat([counts[big], counts[~big].sum()[None]])
+    wanted = torch.cat([expected[big], expected[~big].sum()[None]]) * n
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    chi2, freedom = ((observed - wanted) ** 2 / wanted).sum().item(), len(wanted) - 1
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom), f"chi-square {chi2:.0f} with {freedom} degrees of freedom"
+
+
+def test_the_cache_gives_the_same_tokens_as_reading_everything_anew(model):
+    """Without cache, without padding, one row at a time: the plainest sampler there is draws the same tokens."""
+    new, vocab = 12, vocab_of(model)
+    rollouts = sample(model, PROMPTS, keys_for(PROMPTS), vocab, new)
+    u = uniforms(keys_for(PROMPTS), new, "rollout")
+    for i, prompt in enumerate(PROMPTS):
+        ids = list(prompt)
+        for t in range(new):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            ids.append(int(draw(logits.softmax(-1)[None], u[i, t][None])))
+        assert rollouts.responses()[i] == ids[len(prompt) :]
+
+
+def test_rollouts_do_not_depend_on_the_company_they_are_sampled_in(model):
+    """Any split over micro-batches or processes, any order: row i's numbers are keyed by (seed, step, i)."""
+    vocab, keys = vocab_of(model, [3, 4, 5, 17, 30, 31, 32, 60, 61, 99]), keys_for(PROMPTS)
+    together = sample(model, PROMPTS, keys, vocab, 40).responses()
+    for rows in ([3, 1], [0], [2, 0, 3]):
+        alone = sample(model, [PROMPTS[i] for i in rows], [keys[i] for i in rows], vocab, 40).responses()
+        assert alone == [together[i] for i in rows]
+    assert sample(model, PROMPTS, keys_for(PROMPTS, step=2), vocab, 40).responses() != together
+    longer = sample(model, PROMPTS, keys, vocab, 64).responses()
+    assert [r[:40] for r in longer] == together, "a longer cap continues the same responses"
+
+
+def test_rollouts_stop_at_every_end_token_and_the_end_token_counts(model):
+    free = sample(model, PROMPTS * 8, keys_for(PROMPTS * 8), vocab_of(model), 40).responses()
+    ends = {free[0][5], free[1][9]}  # both models' end tokens: two ids that really occur
+    stopped = sample(model, PROMPTS * 8, keys_for(PROMPTS * 8), vocab_of(model, ends), 40)
+    for long, short, ended in zip(free, stopped.responses(), stopped.ended.tolist()):
+        first = next((t for t, y in enumerate(long) if y in ends), None)
+        assert short == (long if first is None else long[: first + 1]) and ended == (first is not None)
+    assert stopped.ended[0] and stopped.ended[1] and len(set(map(len, stopped.responses()))) > 3
+
+
+def test_pad_equal_to_eos_does_not_hide_the_end():
+    """[a, b, eos, pad] with pad == eos: three response tokens, because a mask says so and not an id."""
+    vocab = Vocab(None, 10, (9,), pad_id=9)
+    rollouts = make_rollouts([(1,), (1, 2)], [(5, 6, 9), (5, 6, 7, 8)], [True, False], keys_for([0, 0]), vocab, "cpu")
+    assert rollouts.mask.sum(1).tolist() == [3, 4] and rollouts.ids[0].tolist() == [9, 1, 5, 6, 9, 9]
+
+
+def test_left_padding_changes_nothing(model):
+    """A padded and an unpadded row give the same logits: position ids and attention mask are passed."""
+    rollouts = make_rollouts(PROMPTS, [(30, 31)] * 4, [False] * 4, keys_for(PROMPTS), vocab_of(model), "cpu")
+    with torch.no_grad():
+        padded = model(**rollouts.inputs()).logits[:, -2:]
+        for i, prompt in enumerate(PROMPTS):
+            alone = model(torch.tensor([[*prompt, 30, 31]])).logits[0, -2:]
+            torch.testing.assert_close(padded[i], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_entropies_are_those_of_the_model_at_temperature_1(model):
+    rollouts = sample(model, PROMPTS, keys_for(PROMPTS), vocab_of(model, [3]), 10, temperature=0.3, entropies=True)
+    with torch.no_grad():
+        p = model(**rollouts.inputs()).logits[:, rollouts.prompt_len - 1 : -1].double().softmax(-1)
+    expected = -(p * p.log()).sum(-1)
+    torch.testing.assert_close(rollouts.entropy[rollouts.mask].double(), expected[rollouts.mask], rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_is_temperature_0():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert sampling_logits(logits, temperature=0).softmax(-1).tolist() == [[0, 1, 0]]
+
+
+def test_uniforms_are_uniform_and_every_key_has_its_own():
+    u = uniforms([(s, t, r) for s in range(5) for t in range(5) for r in range(8)], 50, "rollout")
+    assert len(u.unique()) > 0.99 * u.numel() and 0 <= u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 4 * math.sqrt(1 / 12 / u.numel())
+    assert not torch.equal(uniforms([(1, 2, 3)], 9, "rollout"), uniforms([(1, 2, 3)], 9, "estimate"))
+    assert torch.equal(uniforms([(1, 2, 3)], 9, "x"), uniforms([(7, 7, 7), (1, 2, 3)], 30, "x")[1:, :9])
+
+
+def test_flops_are_what_torch_counts(model):
+    """Decode token by token with eager attention under torch's counter: the same matrices, the same causal pairs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model.set_attn_implementation("eager")
+    P, R = 6, 9
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        cache = transformers.DynamicCache(config=model.config)
+        for t in range(P + R - 1):
+            inputs = torch.tensor([[t + 3]])
+            out = model.base_model(inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            if t >= P - 1:
+                model.lm_head(out)
+    counted = counter.get_total_flops()
+    assert sequence_flops(model, torch.tensor([R]), torch.tensor([P])).item() == counted
+    model.set_attn_implementation("sdpa")

@@ -1,0 +1,255 @@
+"""The four scripts as wholes: that they differ in the idea alone, keep their contracts, and survive a kill."""
+
+import ast
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, make_checkpoint, read_log
+
+from runs import parse
+
+SCRIPTS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd"]
+
+
+def argv(arguments):
+    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+def run(script, **arguments):
+    """Run a script in process, as its command line would."""
+    module = importlib.import_module(script)
+    return module.main(parse(module.Args, argv(arguments)))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The diff is the lesson
+
+
+def code_lines(script):
+    """A script's code without docstring and comments, one normalised statement or field a line."""
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    assert isinstance(tree.body.pop(0), ast.Expr), "a script begins with its docstring"
+    return ast.unparse(tree).splitlines()
+
+
+def code_diff(a, b):
+    import difflib
+
+    lines = difflib.ndiff(code_lines(a), code_lines(b))
+    return [line[0] + line[1:].strip() for line in lines if line[0] in "+-"]
+
+
+HOW = "micro_loss, micro_entropy = weighted_kl({}, student, teacher, micro, weights, vocab, u)"
+ON_POLICY = "rollouts = sample(student, batch.prompts, batch.keys, vocab, **sampling)"
+OFF_POLICY = "rollouts = stored_rollouts(teacher, batch, vocab, args.out_dir, args.teacher_samples, **sampling)"
+KL = ["-" + HOW.format("reverse_kl"), "+" + HOW.format("forward_kl")]
+PREFIX = ["+teacher_samples: int = 1", "-" + ON_POLICY, "+" + OFF_POLICY]
+
+
+@pytest.mark.parametrize(
+    "other, expected", [("dagger_onpolicy", KL), ("offline_rl_distill", PREFIX), ("sft_offpolicy", PREFIX + KL)]
+)
+def test_siblings_differ_in_the_idea_and_nothing_else(other, expected):
+    assert code_diff("opd", other) == expected
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_can_be_read_at_one_sitting(script):
+    text = (ROOT / f"{script}.py").read_text()
+    assert len(text.splitlines()) <= 200 and max(map(len, text.splitlines())) <= 120
+    assert "<-" in ast.get_docstring(ast.parse(text)), "the 2x2 table marks this file"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Contracts
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_leaves_what_its_contract_says(script, estimator, world, tmp_path):
+    run(script, **world, out_dir=tmp_path / "run", estimator=estimator, eval_every=2)
+    rows = read_log(tmp_path / "run", times=True)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    keys = {"step", "loss", "entropy", "response_len", "clip_ratio", "grad_norm", "lr", "tokens_per_s", "seconds", "flops"}
+    evaluated = {"avg_at_k", "pass_at_k", "eval_len", "eval_entropy"}
+    assert all(keys <= set(row) for row in rows[1:])
+    assert [evaluated <= set(row) for row in rows] == [True, False, True, True]
+    assert set(rows[0]) - {"step"} <= {key for key in rows[2]} - keys, "line 0 holds an evaluation and nothing else"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    assert tokenizer.chat_template and model.config.vocab_size == len(tokenizer)
+    assert json.loads((tmp_path / "run/args.json").read_text())["estimator"] == estimator
+    assert (tmp_path / "run/curves.png").stat().st_size > 1000
+    assert not list((tmp_path / "run").glob("state*"))
+
+
+def test_the_student_moves_and_the_teacher_does_not(world, tmp_path, monkeypatch):
+    import opd
+
+    loaded, load = [], opd.load_model
+    monkeypatch.setattr(opd, "load_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    run("opd", **world, out_dir=tmp_path / "run")
+    for model, path, moved in zip(loaded, (world["student"], world["teacher"]), (True, False)):
+        before = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
+        assert any(not torch.equal(p, before[n]) for n, p in model.state_dict().items()) == moved
+        assert not model.training
+    assert all(p.grad is None and not p.requires_grad for p in loaded[1].parameters())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_null_student_equal_to_teacher_has_nothing_to_learn(script, world, tmp_path):
+    run(script, **world | {"student": world["teacher"]}, out_dir=tmp_path / "run")
+    assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-4 for row in read_log(tmp_path / "run")[1:2])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_micro_batches_do_not_change_a_run(script, world, tmp_path):
+    """Weights are mask / tokens of the *global* batch, not means of means: with responses of different lengths the
+    two differ. And random numbers belong to rows, not to batches."""
+    logs = []
+    for size in (1, 4):
+        arguments = world | dict(micro_batch_size=size, steps=1, estimator="sampled", max_new_tokens=150, batch_size=8)
+        run(script, **arguments, out_dir=tmp_path / str(size))
+        logs.append(read_log(tmp_path / str(size))[1])
+    for key in ("loss", "grad_norm", "entropy"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-5)
+    assert logs[0]["response_len"] == logs[1]["response_len"] and 0 < logs[0]["clip_ratio"] < 1
+
+
+def test_sampling_temperature_does_not_reach_the_loss(world, tmp_path):
+    """The rollouts of T = 2 differ, but on given prefixes the loss compares the distributions at T = 1: with
+    teacher = student it is 0 at any sampling temperature."""
+    arguments = world | {"student": world["teacher"], "temperature": 2.0, "top_k": 7, "steps": 1}
+    run("opd", **arguments, out_dir=tmp_path / "run")
+    assert abs(read_log(tmp_path / "run")[1]["loss"]) < 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+class Killed(BaseException):
+    """As sudden as kill -9: nothing in the program catches it."""
+
+
+@pytest.mark.parametrize("where", ["sample", "weighted_kl", "evaluate_all", "save_state", "log", "finish"])
+@pytest.mark.parametrize("script", ["opd", "sft_offpolicy"])
+def test_a_killed_run_goes_on_exactly(script, where, world, tmp_path, monkeypatch):
+    arguments = world | dict(steps=6, save_every=2, eval_every=3)
+    run(script, **arguments, out_dir=tmp_path / "whole/run")
+    module = importlib.import_module(script)
+    where = "stored_rollouts" if (script, where) == ("sft_offpolicy", "sample") else where
+    original, calls = getattr(module, where), []
+
+    def kill(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == {"save_state": 2, "evaluate_all": 2, "finish": 1}.get(where, 4):
+            if where == "save_state":  # half of a state has been written
+                (tmp_path / "cut/run/state.partial").mkdir()
+                (tmp_path / "cut/run/state.partial/.metadata").write_bytes(b"half")
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, where, kill)
+        run(script, **arguments, out_dir=tmp_path / "cut/run")
+    if where == "log":  # the last line was being written
+        with open(tmp_path / "cut/run/log.jsonl", "a") as file:
+            file.write('{"step": 4, "los')
+    run(script, **arguments, out_dir=tmp_path / "cut/run")
+    assert read_log(tmp_path / "cut/run") == read_log(tmp_path / "whole/run")
+    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / d / "run/model") for d in ("cut", "whole")]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models)))
+
+
+def test_kill_9_and_ctrl_c_from_outside(world, tmp_path):
+    """The same with real signals to a real process. Ctrl-C finishes the step, saves, and says how to continue."""
+    arguments = argv(world | dict(steps=40, save_every=5, eval_every=0))
+    command = [sys.executable, str(ROOT / "opd.py"), *arguments, "--out_dir", str(tmp_path / "cut")]
+    for sent in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+        seen = lambda: len(Path(tmp_path, "cut/log.jsonl").read_text().splitlines()) if Path(tmp_path, "cut/log.jsonl").exists() else 0  # fmt: skip
+        goal = {signal.SIGKILL: 8, signal.SIGINT: 16}[sent]
+        while process.poll() is None and seen() < goal:
+            pass
+        process.send_signal(sent)
+        _, errors = process.communicate()
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 1}[sent], errors
+        if sent == signal.SIGINT:
+            assert "continues from there" in errors and "Traceback" not in errors
+    run("opd", **world | dict(steps=40, save_every=5, eval_every=0), out_dir=tmp_path / "cut")
+    run("opd", **world | dict(steps=40, save_every=5, eval_every=0), out_dir=tmp_path / "whole")
+    assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
+
+
+def test_other_arguments_are_refused_and_a_finished_run_says_so(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("opd", **world, out_dir=out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="--lr was 0.001, now 0.5"):
+        run("opd", **world | {"lr": 0.5}, out_dir=out)
+    with pytest.raises(SystemExit) as end:
+        run("opd", **world | {"micro_batch_size": 1, "save_every": 7}, out_dir=out)
+    assert end.value.code == 0 and "finished" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stored teacher prefixes
+
+
+def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tmp_path, monkeypatch):
+    import common
+
+    sampled, sample = [], common.sample
+
+    def spy(model, prompts, *args, stream="rollout", **kwargs):
+        sampled.extend(prompts if stream == "teacher" else [])
+        return sample(model, prompts, *args, stream=stream, **kwargs)
+
+    monkeypatch.setattr(common, "sample", spy)
+
+    def count(script, name, **changes):
+        sampled.clear()
+        run(script, **world | dict(steps=6, eval_every=0) | changes, out_dir=tmp_path / name)
+        return len(sampled)
+
+    assert count("sft_offpolicy", "a") == 12  # 12 prompts, two epochs
+    assert count("sft_offpolicy", "b", lr=1e-4, seed=5) == 0  # another run
+    assert count("offline_rl_distill", "c") == 0  # another script
+    assert count("sft_offpolicy", "d", max_new_tokens=3) == 0  # a shorter training length
+    assert 0 < count("sft_offpolicy", "e", max_new_tokens=9) <= 12  # longer: what ended before is kept
+    assert count("sft_offpolicy", "f", temperature=0.7) == 12  # other sampling
+    assert count("sft_offpolicy", "g", teacher_samples=2) == 12  # a second answer each
+    other = make_checkpoint(tmp_path / "teacher", hidden=48, seed=9)
+    assert count("sft_offpolicy", "h", teacher=other) == 12  # another teacher
+    # ... and another teacher under the *old* path
+    weights = Path(world["teacher"], "model.safetensors")
+    old = weights.read_bytes()
+    weights.write_bytes(Path(other, "model.safetensors").read_bytes())
+    try:
+        assert count("sft_offpolicy", "i") == 0 and count("sft_offpolicy", "j", temperature=0.9) == 12
+    finally:
+        weights.write_bytes(old)
+    # flops do not depend on what was found on disk
+    assert count("sft_offpolicy", "k") == 0
+    assert [r.get("flops") for r in read_log(tmp_path / "k")] == [r.get("flops") for r in read_log(tmp_path / "a")]
+
+
+def test_a_store_cut_short_by_a_kill_is_mended(world, tmp_path):
+    run("sft_offpolicy", **world, out_dir=tmp_path / "a")
+    (store,) = (tmp_path / "teacher_rollouts").iterdir()
+    store.write_bytes(store.read_bytes()[:-9])
+    run("sft_offpolicy", **world, out_dir=tmp_path / "b")
+    run("sft_offpolicy", **world, out_dir=tmp_path / "c")
+    logs = [read_log(tmp_path / name) for name in "abc"]
+    assert logs[0] == logs[1] == logs[2]
+    assert all(json.loads(line) for line in store.read_text().splitlines()[-1:])
