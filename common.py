@@ -279,7 +279,7 @@ def draw(probs, u):
     One number per token, instead of torch.multinomial's hidden generator, is what makes a rollout a function of
     (seed, step, row) alone. A token of probability 0 is never drawn.
     """
-    cdf = probs.cumsum(-1)
+    cdf = probs.cumsum(-1, dtype=torch.float64)  # in fp32, a quarter of 150,000 tokens would get no step at all
     total = cdf[..., -1:]
     u = torch.minimum(u[..., None].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, u, right=True)[..., 0]
@@ -378,7 +378,8 @@ def stored_rollouts(teacher, batch, vocab, out_dir, samples, max_new_tokens, **s
         keys = missing or wanted[:1]
         prompts = [batch.dataset[row] for row, _ in keys]
         new = sample(teacher, prompts, [(0, *key) for key in keys], vocab, max_new_tokens, stream="teacher", **sampling)
-        store.add(keys, new.responses(), new.ended.tolist(), max_new_tokens)
+        new = zip(missing, new.responses(), new.ended.tolist())
+        store.add(gather([(*key, ids, ended, max_new_tokens) for key, ids, ended in new]))
     responses, ended = zip(*(store.get(key, max_new_tokens) for key in wanted))
     device = next(teacher.parameters()).device
     rollouts = make_rollouts(batch.prompts, responses, ended, batch.keys, vocab, device)

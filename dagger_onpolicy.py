@@ -21,7 +21,7 @@ What it leaves out, on purpose.
   (β = 0), with no mixing in of the teacher's actions.
 
 Run it.
-    python dagger_onpolicy.py                            CPU, the embedded toy: under a minute; Avg@8 rises from the start
+    python dagger_onpolicy.py                            CPU, the embedded toy: about a minute
     python dagger_onpolicy.py --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main \\
         --eval_data openai/gsm8k:main:test --lr 5e-7 --batch_size 32 --max_new_tokens 1024 --out_dir runs/qwen3
     torchrun --nproc_per_node 4 dagger_onpolicy.py ...   the same run on several GPUs
@@ -36,7 +36,8 @@ from pathlib import Path
 import torch
 
 from common import evaluate_all, forward_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl
-from runs import CtrlC, finish, load_model, log, parse, rank_and_world, refuse, resume, save_state, start, steps, total
+from runs import CtrlC, finish, load_model, log, parse, rank_and_world, resume, save_state, start, steps, total, whole
+from tasks import refuse
 
 
 @dataclass
@@ -111,7 +112,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm).item()
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
         if not math.isfinite(loss + grad_norm):
             refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}; {args.out_dir} keeps the last good state")
         optimizer.step()

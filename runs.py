@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from tqdm import tqdm
 
 from tasks import encode_prompts, load_problems, refuse
@@ -119,7 +120,28 @@ def gather(items):
 def whole_weights(model):
     """Keep the gathered weights of a sharded model between forward passes: a decode step then needs no collective,
     and processes may decode different numbers of steps. Does nothing to a model that is not sharded."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
     yield
+    for module in shards:
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
+def shard(model):
+    """Split a model's weights, gradients and optimizer state over all processes (FSDP2), layer by layer. The model
+    stays an ordinary module. Its root keeps what it gathered after a forward pass: the LM head is used once more."""
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+    for layer in layers:
+        fully_shard(layer)
+    return fully_shard(model, reshard_after_forward=False)
+
+
+def whole(tensor):
+    """A tensor that may be sharded, whole, on every process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _device():
@@ -176,12 +198,29 @@ def start(args):
     Checks the arguments, the output directory (ends the program if the run is finished), the data, and that the
     models can be compared: tokenizers, templates, end tokens, context lengths. train: Prompts; evals: {name: [Problem]}.
     """
-    check_args(args)
     warnings.filterwarnings("ignore", module="torch.distributed")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return _start(args)
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(_device())
+    end = [None]  # the main process looks first: what it refuses, it alone reports, and all processes end
+    if is_main():
+        try:
+            started = _start(args)
+        except SystemExit as exit:
+            end = [exit.code]
+    dist.broadcast_object_list(end)
+    if end != [None]:
+        raise SystemExit(end[0] if is_main() or end == [0] else 1)
+    return started if is_main() else _start(args)
+
+
+def _start(args):
+    check_args(args)
     _check_out_dir(args)
     train = load_problems(args.data)
     evals = {name: load_problems(name, needs_answer=True) for name in args.eval_data.split(",")}
@@ -254,7 +293,7 @@ def load_model(path, args, trainable):
     model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree
     if bf16 and trainable:
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
-    return model
+    return shard(model) if dist.is_initialized() else model
 
 
 def _load(auto_class, path, role, **options):
@@ -286,18 +325,18 @@ class RolloutStore:
         sums = [p.contiguous().view(as_int[p.element_size()]).sum(dtype=torch.int64) for p in local]
         weights = total(torch.stack(sums)).tolist()
         ingredients = json.dumps([weights, prompts, vocab.end_ids, vocab.size, sampling])
-        name = hashlib.sha256(ingredients.encode()).hexdigest()[:16]
-        os.makedirs(directory, exist_ok=True)
-        self.path = os.path.join(directory, f"{name}.{rank_and_world()[0]}.jsonl")
-        self.found = {}
-        for file in sorted(os.listdir(directory)):
-            if file.startswith(name + "."):
-                for row in _read_lines(os.path.join(directory, file)):
-                    self._keep((row["row"], row["sample"]), row["ids"], row["ended"], row["cap"])
+        self.path = os.path.join(directory, hashlib.sha256(ingredients.encode()).hexdigest()[:16] + ".jsonl")
+        self.found = {}  # (row, sample) -> (token ids, did it end, the longest it was allowed to be)
+        on_disk = []
+        if is_main():  # the only process that touches the file; the others may be on another machine
+            os.makedirs(directory, exist_ok=True)
+            on_disk = _read_lines(self.path) if os.path.exists(self.path) else []
+        self._keep(gather(on_disk))
 
-    def _keep(self, key, ids, ended, cap):
-        if key not in self.found or self.found[key][2] < cap:
-            self.found[key] = (ids, ended, cap)
+    def _keep(self, records):
+        for row, sample, ids, ended, cap in records:
+            if (row, sample) not in self.found or self.found[row, sample][2] < cap:
+                self.found[row, sample] = (ids, ended, cap)
 
     def has(self, key, max_new_tokens):
         """Is there a response that ended, or that was allowed to be this long?"""
@@ -308,12 +347,12 @@ class RolloutStore:
         ids, ended, _ = self.found[key]
         return ids[:max_new_tokens], ended and len(ids) <= max_new_tokens
 
-    def add(self, keys, responses, ended, cap):
-        with open(self.path, "a") as file:
-            for (row, sample), ids, end in zip(keys, responses, ended):
-                record = {"row": row, "sample": sample, "ids": ids, "ended": end, "cap": cap}
-                file.write("\n" + json.dumps(record))  # newline first: a line that a kill cut short stays alone
-                self._keep((row, sample), ids, end, cap)
+    def add(self, records):
+        """Keep records [(row, sample, token ids, did it end, cap)], the same on all processes, and write them down."""
+        self._keep(records)
+        if is_main():
+            with open(self.path, "a") as file:  # newline first: a line that a kill cut short stays alone
+                file.writelines("\n" + json.dumps(record) for record in records)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -415,9 +454,10 @@ def finish(args, student, vocab):
     ends = dict(eos_token_id=list(vocab.end_ids), pad_token_id=vocab.pad_id)
     student.generation_config = transformers.GenerationConfig(**ends)
     partial, final = (os.path.join(args.out_dir, name) for name in ("model.partial", "model"))
+    weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
-        student.save_pretrained(partial)
+        student.save_pretrained(partial, state_dict=weights)
         vocab.tokenizer.save_pretrained(partial)
         os.rename(partial, final)
         for name in os.listdir(args.out_dir):

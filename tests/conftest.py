@@ -80,12 +80,15 @@ def read_log(out_dir, times=False):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A directory with a student, a teacher and a data set; -> arguments that make any script run on them quickly."""
+    """A directory with a student, a teacher and a data set; -> arguments that make any script run on them quickly.
+
+    The teacher has two dozen end tokens, so that random models end too, and responses differ in length.
+    """
     root = tmp_path_factory.mktemp("world")
     rows = [{"question": f"{q} ({i})", "answer": f"work <<1+1=2>>\n#### {i}"} for i, q in enumerate(QUESTIONS * 3)]
     return dict(
         student=make_checkpoint(root / "student", eos="<|endoftext|>", seed=1),
-        teacher=make_checkpoint(root / "teacher", hidden=48, seed=2),
+        teacher=make_checkpoint(root / "teacher", hidden=48, seed=2, eos_token_id=[302, *range(100, 124)]),
         data=write_jsonl(root / "train.jsonl", rows),
         eval_data=write_jsonl(root / "eval.jsonl", rows[:3]),
         steps=3, batch_size=4, micro_batch_size=3, max_new_tokens=6, eval_max_new_tokens=6, eval_k=2, lr=1e-3,

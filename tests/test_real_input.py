@@ -94,7 +94,7 @@ def test_prompts_and_ends_are_shared(world):
         "<|im_start|>user\nWhat is 12 divided by 4?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
     names = vocab.tokenizer.convert_ids_to_tokens(list(vocab.end_ids))
-    assert sorted(names) == ["<|endoftext|>", "<|im_end|>"]
+    assert {"<|endoftext|>", "<|im_end|>"} <= set(names)
     args.thinking = True
     load_vocab(args, [problems])
     assert vocab.tokenizer.decode(problems[0].prompt).endswith("<|im_start|>assistant\n")

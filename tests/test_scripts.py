@@ -64,7 +64,8 @@ def test_siblings_differ_in_the_idea_and_nothing_else(other, expected):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_can_be_read_at_one_sitting(script):
     text = (ROOT / f"{script}.py").read_text()
-    assert len(text.splitlines()) <= 200 and max(map(len, text.splitlines())) <= 120
+    lines = text.splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 120
     assert "<-" in ast.get_docstring(ast.parse(text)), "the 2x2 table marks this file"
 
 
@@ -116,12 +117,13 @@ def test_micro_batches_do_not_change_a_run(script, world, tmp_path):
     two differ. And random numbers belong to rows, not to batches."""
     logs = []
     for size in (1, 4):
-        arguments = world | dict(micro_batch_size=size, steps=1, estimator="sampled", max_new_tokens=150, batch_size=8)
+        arguments = world | dict(micro_batch_size=size, steps=1, estimator="sampled", max_new_tokens=30, batch_size=8)
         run(script, **arguments, out_dir=tmp_path / str(size))
         logs.append(read_log(tmp_path / str(size))[1])
     for key in ("loss", "grad_norm", "entropy"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-5)
-    assert logs[0]["response_len"] == logs[1]["response_len"] and 0 < logs[0]["clip_ratio"] < 1
+    assert logs[0]["response_len"] == logs[1]["response_len"]
+    assert logs[0]["response_len"] % 1, "of different lengths"
 
 
 def test_sampling_temperature_does_not_reach_the_loss(world, tmp_path):
@@ -236,7 +238,7 @@ def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tm
     old = weights.read_bytes()
     weights.write_bytes(Path(other, "model.safetensors").read_bytes())
     try:
-        assert count("sft_offpolicy", "i") == 0 and count("sft_offpolicy", "j", temperature=0.9) == 12
+        assert count("sft_offpolicy", "i") == 12
     finally:
         weights.write_bytes(old)
     # flops do not depend on what was found on disk
