@@ -48,25 +48,27 @@ class _KL(torch.autograd.Function):
         dtype = torch.promote_types(student_logits.dtype, torch.float32)  # bf16 KLs come out wrong by a factor of two
         log_q = student_logits.to(dtype).log_softmax(-1)
         log_p = teacher_logits.to(dtype).log_softmax(-1)
-        q, p = log_q.exp(), log_p.exp()
-        log_ratio = log_q - log_p  # −r(s, y); NaN where both are impossible, hence the `where`s: 0·log 0 = 0
-        kl, grad = q.new_zeros(q.shape[:-1]), 0.0
-        if lam < 1 and u is None:
-            kl = kl - (1 - lam) * torch.where(p > 0, p * log_ratio, 0).sum(-1)
-            grad = grad + (1 - lam) * (q - p)
-        if lam > 0 and u is None:
-            reverse = torch.where(q > 0, q * log_ratio, 0).sum(-1)
-            kl = kl + lam * reverse
-            grad = grad + lam * torch.where(q > 0, q * (log_ratio - reverse[..., None]), 0)
-        if lam < 1 and u is not None:
-            y = draw(p, u)[..., None]  # a label from the teacher: ordinary SFT on y
-            kl = kl - (1 - lam) * log_ratio.gather(-1, y)[..., 0]
-            grad = grad + (1 - lam) * q.scatter_add(-1, y, -torch.ones_like(q).gather(-1, y))
-        if lam > 0 and u is not None:
-            y = draw(q, u)[..., None]  # an action of the student, reinforced by the reward r = −log_ratio
-            cost = log_ratio.gather(-1, y)
-            kl = kl + lam * cost[..., 0]
-            grad = grad + lam * (-q * cost).scatter_add(-1, y, cost)
+        q, p = log_q.exp(), None if lam == 1 and u is None else log_p.exp()
+        log_ratio = log_q.sub_(log_p)  # −r(s, y), in place, as all that is V wide; NaN where both are impossible
+        kl, grad = 0.0, 0.0
+        if lam < 1:
+            if u is None:
+                g = q - p
+                value = -p.mul_(log_ratio.masked_fill(p == 0, 0.0)).sum(-1)  # 0 · log 0 = 0
+            else:  # a label from the teacher: ordinary SFT on y
+                y = draw(p, u)[..., None]
+                value, g = -log_ratio.gather(-1, y)[..., 0], q.scatter_add(-1, y, q.new_full(y.shape, -1.0))
+            kl, grad = kl + (1 - lam) * value, g.mul_(1 - lam).add_(grad)
+        if lam > 0:
+            if u is None:
+                g = log_ratio.masked_fill_(q == 0, 0.0).mul_(q)
+                value = g.sum(-1)
+                g.addcmul_(q, value[..., None], value=-1)
+            else:  # an action of the student, reinforced by the reward r = −log_ratio
+                y = draw(q, u)[..., None]
+                cost = log_ratio.gather(-1, y)
+                value, g = cost[..., 0], (-q * cost).scatter_add_(-1, y, cost)
+            kl, grad = kl + lam * value, g.mul_(lam).add_(grad)
         ctx.save_for_backward(grad)
         ctx.dtype = student_logits.dtype
         return kl
@@ -111,7 +113,7 @@ def entropy(logits):
     """H(softmax(logits)) = −Σ_y q(y) log q(y). (..., V) -> (...), nats, in fp32 where the input is half precision."""
     log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     q = log_q.exp()
-    return -torch.where(q > 0, q * log_q, 0).sum(-1)
+    return -(q * log_q.masked_fill(q == 0, 0.0)).sum(-1)
 
 
 class _ChunkedDivergence(torch.autograd.Function):
@@ -135,7 +137,10 @@ class _ChunkedDivergence(torch.autograd.Function):
                 kl = divergence(capped, teacher_logits(c), **({} if u is None else {"u": u[c]}))  # (n,)
             (grad,) = torch.autograd.grad(kl, logits, weights[c].to(kl.dtype))  # (n, V): Proposition 1 at work
             grad_hidden[c] = grad @ head
-            grad_head += grad.T @ hidden[c]
+            if grad_head.dtype == grad.dtype:
+                grad_head.addmm_(grad.T, hidden[c])
+            else:
+                grad_head += grad.T @ hidden[c]
             if bias is not None:
                 grad_bias += grad.sum(0)
             loss += (kl.detach() * weights[c]).sum()
@@ -163,7 +168,7 @@ def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, chu
     with torch.no_grad():
         teacher_hidden = response_hidden(teacher, batch)  # (N, H_T)
     hidden = response_hidden(student, batch)  # (N, H): only real response tokens, so padding cannot leak
-    chunk = chunk or max(1, 2 ** (24 if hidden.device.type == "cpu" else 27) // vocab.size)
+    chunk = chunk or max(1, 2 ** (22 if hidden.device.type == "cpu" else 27) // vocab.size)
     head, bias, softcap = _head(student, vocab)
     teacher_head, teacher_bias, teacher_softcap = _head(teacher, vocab)
 
