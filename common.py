@@ -23,7 +23,7 @@ import transformers
 from tqdm import tqdm
 
 from runs import RolloutStore, gather, is_main, log_samples, rank_and_world, total, whole_weights
-from tasks import grade
+from tasks import grade, refuse
 
 # ----------------------------------------------------------------------------------------------------------------
 # KL math
@@ -116,26 +116,26 @@ def entropy(logits):
     return -(q * log_q.masked_fill(q == 0, 0.0)).sum(-1)
 
 
-class _ChunkedDivergence(torch.autograd.Function):
-    """LM head and divergence, one chunk of tokens at a time, with the gradient formed in the forward pass.
+class _ChunkedLoss(torch.autograd.Function):
+    """LM head and token loss, one chunk of tokens at a time, with the gradient formed in the forward pass.
 
     N = B·R response tokens times V = 151,936 fp32 logits, times the six such tensors that a KL needs, is gigabytes.
-    But a token's KL needs only its own logits: so for each chunk we form them, get d loss / d logits (n, V), push
+    But a token's loss needs only its own logits: so for each chunk we form them, get d loss / d logits (n, V), push
     that through the head at once, and keep only what is H wide. Nothing V-sized outlives its chunk.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, bias, teacher_logits, divergence, weights, u, softcap, chunk):
+    def forward(ctx, hidden, head, bias, token_loss, weights, softcap, chunk):
         dtype = torch.promote_types(head.dtype, torch.float32)  # many small chunks are added up: not in bf16
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
         loss, mean_entropy = weights.new_zeros(()), weights.new_zeros(())
         for c in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
-            logits = F.linear(hidden[c], head, bias).requires_grad_()  # (n, V); `detached`: we are inside forward
+            logits = F.linear(hidden[c], head, bias).requires_grad_()  # (n, V), a leaf: forward records no graph
             with torch.enable_grad():
                 capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-                kl = divergence(capped, teacher_logits(c), **({} if u is None else {"u": u[c]}))  # (n,)
-            (grad,) = torch.autograd.grad(kl, logits, weights[c].to(kl.dtype))  # (n, V): Proposition 1 at work
+                losses = token_loss(capped, c)  # (n,)
+            (grad,) = torch.autograd.grad(losses, logits, weights[c].to(losses.dtype))  # (n, V): Proposition 1 at work
             grad_hidden[c] = grad @ head
             if grad_head.dtype == grad.dtype:
                 grad_head.addmm_(grad.T, hidden[c])
@@ -143,7 +143,7 @@ class _ChunkedDivergence(torch.autograd.Function):
                 grad_head += grad.T @ hidden[c]
             if bias is not None:
                 grad_bias += grad.sum(0)
-            loss += (kl.detach() * weights[c]).sum()
+            loss += (losses.detach() * weights[c]).sum()
             mean_entropy += (entropy(capped.detach()) * weights[c]).sum()
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype), None if bias is None else grad_bias.to(bias.dtype))
         ctx.mark_non_differentiable(mean_entropy)
@@ -152,34 +152,43 @@ class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        grads = (None if g is None else grad_loss * g for g in ctx.saved_tensors)
-        return (*grads, None, None, None, None, None, None)
+        return (*(None if g is None else grad_loss * g for g in ctx.saved_tensors), None, None, None, None)
+
+
+def weighted_loss(token_loss, model, batch, weights, vocab, chunk=None):
+    """Σ weights · token_loss over the response tokens of a batch of rollouts.
+
+    token_loss(logits (n, V), c) -> (n,): differentiable; c is the slice of the N = batch.mask.sum() response tokens
+    that this chunk holds, in the order of tensor[batch.mask]. weights (B, R): what each response token counts, the
+    caller's business, e.g. mask / number of response tokens in the global batch; padding is never looked at.
+    chunk: tokens whose logits exist at the same time.
+    -> loss (), differentiable in the model's parameters, and Σ weights · entropy (), detached, in nats.
+    """
+    hidden = response_hidden(model, batch)  # (N, H): only real response tokens, so padding cannot leak
+    head, bias, softcap = _head(model, vocab, hidden.dtype)
+    chunk = chunk or max(1, 2 ** (22 if hidden.device.type == "cpu" else 27) // vocab.size)
+    return _ChunkedLoss.apply(hidden, head, bias, token_loss, weights[batch.mask], softcap, chunk)
 
 
 def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, chunk=None):
     """Σ weights · divergence(q_θ, p_T) over the response tokens of a batch of rollouts.
 
     divergence: forward_kl, reverse_kl or any function of two logit tensors (n, V), (n, V) -> (n,); one that has no
-    `u` argument works without the sampled estimator. weights (B, R): what each response token counts, the caller's
-    business, e.g. mask / number of response tokens in the global batch; padding is never looked at.
-    u (B, R): uniform numbers for the sampled estimator. chunk: tokens whose logits exist at the same time.
-    -> loss (), differentiable in the student's parameters, and Σ weights · entropy(q_θ) (), detached; in nats.
+    `u` argument works without the sampled estimator. u (B, R): uniform numbers for the sampled estimator.
+    weights (B, R), chunk and what is returned: as in weighted_loss.
     """
     with torch.no_grad():
         teacher_hidden = response_hidden(teacher, batch)  # (N, H_T)
-    hidden = response_hidden(student, batch)  # (N, H): only real response tokens, so padding cannot leak
-    chunk = chunk or max(1, 2 ** (22 if hidden.device.type == "cpu" else 27) // vocab.size)
-    head, bias, softcap = _head(student, vocab)
-    teacher_head, teacher_bias, teacher_softcap = _head(teacher, vocab)
+    head, bias, softcap = _head(teacher, vocab, teacher_hidden.dtype)
+    u = None if u is None else u.to(batch.mask.device)[batch.mask]
 
-    def teacher_logits(c):
-        logits = F.linear(teacher_hidden[c], teacher_head, teacher_bias)
-        return logits if teacher_softcap is None else teacher_softcap * torch.tanh(logits / teacher_softcap)
+    def token_kl(logits, c):
+        with torch.no_grad():
+            teacher_logits = F.linear(teacher_hidden[c], head, bias)
+            teacher_logits = teacher_logits if softcap is None else softcap * torch.tanh(teacher_logits / softcap)
+        return divergence(logits, teacher_logits, **({} if u is None else {"u": u[c]}))
 
-    weights, u = weights[batch.mask], None if u is None else u[batch.mask]
-    return _ChunkedDivergence.apply(
-        hidden, head.to(hidden.dtype), bias, teacher_logits, divergence, weights, u, softcap, chunk
-    )
+    return weighted_loss(token_kl, student, batch, weights, vocab, chunk)
 
 
 def response_hidden(model, batch):
@@ -198,12 +207,15 @@ def response_hidden(model, batch):
     return states[0][:, batch.prompt_len - 1 : -1][batch.mask]
 
 
-def _head(model, vocab):
+def _head(model, vocab, dtype):
     """The LM head's weight (V, H) and bias (V) or None, cropped to the common vocabulary, and its soft cap or None."""
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return head.weight[: vocab.size], None if bias is None else bias[: vocab.size], softcap
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            refuse(f"{type(model).__name__} scales its logits ({name}), which the chunked head does not do: add it there")
+    weight, bias = head.weight[: vocab.size].to(dtype), getattr(head, "bias", None)
+    bias = None if bias is None else bias[: vocab.size].to(dtype)
+    return weight, bias, getattr(config, "final_logit_softcapping", None)
 
 
 # ----------------------------------------------------------------------------------------------------------------
