@@ -166,8 +166,13 @@ def weighted_loss(token_loss, model, batch, weights, vocab, chunk=None):
     """
     hidden = response_hidden(model, batch)  # (N, H): only real response tokens, so padding cannot leak
     head, bias, softcap = _head(model, vocab, hidden.dtype)
-    chunk = chunk or max(1, 2 ** (22 if hidden.device.type == "cpu" else 27) // vocab.size)
+    chunk = chunk or _chunk(hidden, vocab)
     return _ChunkedLoss.apply(hidden, head, bias, token_loss, weights[batch.mask], softcap, chunk)
+
+
+def _chunk(hidden, vocab):
+    """How many tokens' logits may exist at a time: what stays in a CPU's cache, or fills a GPU."""
+    return max(1, 2 ** (22 if hidden.device.type == "cpu" else 27) // vocab.size)
 
 
 def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, chunk=None):
@@ -189,6 +194,19 @@ def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, chu
         return divergence(logits, teacher_logits, **({} if u is None else {"u": u[c]}))
 
     return weighted_loss(token_kl, student, batch, weights, vocab, chunk)
+
+
+@torch.no_grad()
+def token_log_probs(model, batch, vocab, chunk=None):
+    """log q(y_t|s_t) at T = 1 of a batch's own response tokens. -> (N,), N = batch.mask.sum(), in nats."""
+    tokens, hidden = batch.ids[:, batch.prompt_len :][batch.mask], response_hidden(model, batch)
+    head, bias, softcap = _head(model, vocab, hidden.dtype)
+    log_probs = []
+    for h, y in zip(hidden.split(chunk or _chunk(hidden, vocab)), tokens.split(chunk or _chunk(hidden, vocab))):
+        logits = F.linear(h, head, bias)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        log_probs.append(logits.float().log_softmax(-1).gather(-1, y[:, None])[:, 0])
+    return torch.cat(log_probs)
 
 
 def response_hidden(model, batch):
@@ -377,13 +395,14 @@ def sample(
     return rollouts
 
 
-def stored_rollouts(teacher, batch, vocab, out_dir, samples, max_new_tokens, **sampling):
+def stored_rollouts(teacher, batch, vocab, out_dir, samples, max_new_tokens, longest=None, **sampling):
     """The teacher's responses to a batch of prompts, sampled the first time they are asked for and read afterwards.
 
     A teacher's response does not depend on the student, so one is enough for all steps, runs and scripts with the
     same teacher, prompts and sampling arguments (see RolloutStore): that is what makes teacher prefixes cheap.
     `samples` responses per prompt take turns over the epochs. Random numbers are keyed by (0, row of the dataset,
-    sample), so it does not matter who samples what, when; and a long response serves every shorter training length.
+    sample), so it does not matter who samples what, when; and a long response serves every shorter training length:
+    where a run has several lengths, `longest` of them is what is sampled.
     flops charges a response the first time that this run uses it, whether or not it was found on disk.
     -> Rollouts. The store lies beside out_dir, in teacher_rollouts/, so that runs and scripts share it.
     """
@@ -394,9 +413,10 @@ def stored_rollouts(teacher, batch, vocab, out_dir, samples, max_new_tokens, **s
     if total(len(missing)):  # all processes go together: a sharded teacher cannot sample alone
         keys = missing or wanted[:1]
         prompts = [batch.dataset[row] for row, _ in keys]
-        new = sample(teacher, prompts, [(0, *key) for key in keys], vocab, max_new_tokens, stream="teacher", **sampling)
+        cap = longest or max_new_tokens
+        new = sample(teacher, prompts, [(0, *key) for key in keys], vocab, cap, stream="teacher", **sampling)
         new = zip(missing, new.responses(), new.ended.tolist())
-        store.add(gather([(*key, ids, ended, max_new_tokens) for key, ids, ended in new]))
+        store.add(gather([(*key, ids, ended, cap) for key, ids, ended in new]))
     responses, ended = zip(*(store.get(key, max_new_tokens) for key in wanted))
     device = next(teacher.parameters()).device
     rollouts = make_rollouts(batch.prompts, responses, ended, batch.keys, vocab, device)
@@ -479,6 +499,23 @@ def evaluate(model, problems, vocab, k=8, n=0, temperature=1.0, max_new_tokens=1
         "eval_entropy": sum(r["nats"] for r in records) / tokens,
     }
     return metrics, records
+
+
+def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):
+    """Mean predictive entropy (T = 1, nats per token) of the model's own rollouts of at most max_new_tokens on prompts.
+
+    -> (entropy, model FLOPs of measuring it). The same random numbers every time: two measurements differ by the model.
+    """
+    rank, world = rank_and_world()
+    mine, nats, tokens, flops = range(rank, len(prompts), world), 0.0, 0, 0.0
+    for b in range(math.ceil(math.ceil(len(prompts) / world) / batch_size)):
+        rows = mine[b * batch_size : (b + 1) * batch_size]
+        keys = [(0, 0, i) for i in rows or [0]]  # a process out of rows keeps the others company
+        rollouts = sample(model, [prompts[i] for i in rows or [0]], keys, vocab, max_new_tokens, stream="gate", entropies=True)
+        if rows:
+            nats += (rollouts.entropy * rollouts.mask).sum().item()
+            tokens, flops = tokens + rollouts.mask.sum().item(), flops + rollouts.flops
+    return total(nats) / total(tokens), total(flops)
 
 
 def evaluate_all(model, evals, vocab, args, step):

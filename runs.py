@@ -222,13 +222,15 @@ def start(args):
 def _start(args):
     check_args(args)
     _check_out_dir(args)
-    train = load_problems(args.data)
+    train = load_problems(args.data, needs_answer=hasattr(args, "group_size"))  # rewards need answers, teachers do not
     evals = {name: load_problems(name, needs_answer=True) for name in args.eval_data.split(",")}
     vocab = load_vocab(args, [train, *evals.values()])
     os.makedirs(args.out_dir, exist_ok=True)
     if is_main():
         _write(args.out_dir, "args.json", dataclasses.asdict(args))
-    return Prompts(p.prompt for p in train), evals, vocab
+    prompts = Prompts(p.prompt for p in train)
+    prompts.answers = [p.answer for p in train]
+    return prompts, evals, vocab
 
 
 def load_vocab(args, problem_sets):
@@ -366,6 +368,7 @@ class Progress:
     step: int = 0  # updates done
     flops: float = 0.0  # model FLOPs so far: sampling, teacher, student
     seconds: float = 0.0  # wall time of the steps so far, evaluation and saving not counted
+    more: dict = dataclasses.field(default_factory=dict)  # what a script of its own has to remember
 
 
 def _check_out_dir(args):
@@ -402,18 +405,7 @@ def _check_out_dir(args):
 def resume(args, student, optimizer):
     """Load the last complete state into student and optimizer, and cut the log back to it. -> Progress"""
     states = sorted(int(name[6:]) for name in os.listdir(args.out_dir) if re.fullmatch(r"state-\d+", name))
-    progress = Progress()
-    if states:
-        path = os.path.join(args.out_dir, f"state-{states[-1]}")
-        try:
-            model_state, optimizer_state = get_state_dict(student, optimizer)
-            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
-            set_state_dict(student, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-            with open(os.path.join(path, "progress.json")) as file:
-                progress = Progress(**json.load(file))
-        except Exception as error:  # a missing or truncated file, in whatever form the reader meets it
-            reason = str(error).strip().split("\n")[0]
-            refuse(f"{path} is damaged ({type(error).__name__}: {reason}); remove {args.out_dir!r} to start afresh")
+    progress = load_state(args, student, optimizer, f"state-{states[-1]}") if states else Progress()
     log_path = os.path.join(args.out_dir, "log.jsonl")
     if is_main() and os.path.exists(log_path):
         rows = [row for row in _read_lines(log_path) if row["step"] <= progress.step and states]
@@ -423,6 +415,20 @@ def resume(args, student, optimizer):
     return progress
 
 
+def load_state(args, student, optimizer, name):
+    """Load weights and optimizer from a state that save_state wrote, under any number of processes. -> Progress"""
+    path = os.path.join(args.out_dir, name)
+    try:
+        model_state, optimizer_state = get_state_dict(student, optimizer)
+        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+        set_state_dict(student, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        with open(os.path.join(path, "progress.json")) as file:
+            return Progress(**json.load(file))
+    except Exception as error:  # a missing or truncated file, in whatever form the reader meets it
+        reason = str(error).strip().split("\n")[0]
+        refuse(f"{path} is damaged ({type(error).__name__}: {reason}); remove {args.out_dir!r} to start afresh")
+
+
 def log(args, row):
     """Append one line to log.jsonl."""
     if is_main():
@@ -430,9 +436,10 @@ def log(args, row):
             file.write(json.dumps(row) + "\n")
 
 
-def save_state(args, progress, student, optimizer):
-    """Write all that resuming needs to state-N/. A state exists under its name only once it is complete."""
-    final, partial = (os.path.join(args.out_dir, name) for name in (f"state-{progress.step}", "state.partial"))
+def save_state(args, progress, student, optimizer, name=None):
+    """Write all that resuming needs to state-N/ and remove older ones; or to `name`/, and keep them all. A state
+    exists under its name only once it is complete."""
+    final, partial = (os.path.join(args.out_dir, part) for part in (name or f"state-{progress.step}", "state.partial"))
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
     barrier()
@@ -442,9 +449,9 @@ def save_state(args, progress, student, optimizer):
         _write(partial, "progress.json", dataclasses.asdict(progress))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-        for name in os.listdir(args.out_dir):
-            if re.fullmatch(r"state-\d+", name) and name != os.path.basename(final):
-                shutil.rmtree(os.path.join(args.out_dir, name))
+        for old in os.listdir(args.out_dir):
+            if name is None and re.fullmatch(r"state-\d+", old) and old != os.path.basename(final):
+                shutil.rmtree(os.path.join(args.out_dir, old))
     barrier()
 
 
@@ -461,7 +468,7 @@ def finish(args, student, vocab):
         vocab.tokenizer.save_pretrained(partial)
         os.rename(partial, final)
         for name in os.listdir(args.out_dir):
-            if re.fullmatch(r"state(-\d+|\.partial)", name):
+            if re.fullmatch(r"state-\d+|state\.partial|stable", name):
                 shutil.rmtree(os.path.join(args.out_dir, name))
         print(f"done: {final} is the trained student, {args.out_dir}/curves.png the course of the run")
 

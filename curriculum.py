@@ -1,0 +1,195 @@
+"""Entropy-gated length curriculum: train on short responses first, and on longer ones while entropy holds.
+
+    after stage m:   H_m = mean predictive entropy per token of q_θ on held-out prompts, at length L_m
+    L_m -> L_{m+1}   if H_m >= H_min,     else stay at the last stable length
+
+                         forward KL(p_T‖q_θ)      reverse KL(q_θ‖p_T)
+    teacher prefixes     sft_offpolicy.py         offline_rl_distill.py        here: any of the four, by
+    student prefixes     dagger_onpolicy.py       opd.py                       --prefixes and --kl
+
+Why. Long training lengths cost the most and go wrong first: under reverse KL a student that has not learned to end
+rambles to the cap, the ramblings make up most of the tokens of a batch, and entropy falls towards 0. Short lengths never get
+that far into a response. The gate (arXiv 2605.16826) lengthens training only while the student stays stable.
+
+Where this is our reading, and not the paper's words.
+- H_m is measured on the student's own rollouts at T = 1 and length L_m, on --held_out prompts of the training data.
+- Every length of the ladder gets the same number of steps; the gate is asked once, at the end of its stage.
+- A closed gate ends training, and the result is the last stable checkpoint: the one after stage m − 1. With
+  --on_closed continue, training goes on from that checkpoint at that length, and the gate is not asked again.
+- If stage 0 itself is unstable there is nothing to fall back on: the result is its checkpoint, and that is said.
+- The optimizer's state is kept across stages, and the learning rate has one warm-up.
+
+Run it.
+    python curriculum.py                                 CPU, the embedded toy: about a minute
+    python curriculum.py --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main \\
+        --eval_data openai/gsm8k:main:test --lr 5e-7 --batch_size 32 --max_new_tokens 1024 --out_dir runs/qwen3
+    torchrun --nproc_per_node 4 curriculum.py ...        the same run on several GPUs
+The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common import evaluate_all, forward_kl, mean_entropy, mixed_kl, reverse_kl, sample, sequence_flops, stored_rollouts
+from common import uniforms, weighted_kl
+from runs import CtrlC, Prompts, finish, load_model, load_state, log, parse, rank_and_world, resume, save_state, start
+from runs import steps, total, whole
+from tasks import refuse
+
+
+@dataclass
+class Args:
+    student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
+    teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
+    data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
+    eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on; several separated by commas
+    out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
+    steps: int = 200  # updates
+    batch_size: int = 64  # prompts, and rollouts, per update, over all processes
+    micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient
+    max_new_tokens: int = 48  # the longest training length; of --lengths only those up to here are used
+    lengths: str = "8,16,32,48"  # the ladder of training lengths L_0,L_1,..., tokens; each gets an equal share of steps
+    h_min: float = 0.15  # H_min, nats per token: below it a stage counts as unstable, and the gate closes
+    held_out: int = 64  # last rows of data, kept from training, on whose prompts H_m is measured
+    on_closed: str = "stop"  # stop: end with the last stable checkpoint; continue: train on from it, at its length
+    prefixes: str = "student"  # WHERE: student (sampled anew) or teacher (sampled once, stored)
+    kl: str = "reverse"  # HOW: forward, reverse, or mixed by lam
+    lam: float = 0.5  # λ of --kl mixed, the share of reverse KL
+    teacher_samples: int = 1  # of --prefixes teacher: responses per prompt; epochs take turns
+    temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1
+    top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off
+    top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off
+    estimator: str = "exact"  # exact: sum over the vocabulary; sampled: one token per prefix, same gradient on average
+    lr: float = 2e-3  # AdamW's learning rate, constant after the warm-up
+    warmup: float = 0.05  # fraction of the steps over which lr rises from 0
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    eval_every: int = 100  # steps between evaluations; 0: only before and after
+    eval_k: int = 8  # k of Avg@k and Pass@k
+    eval_n: int = 0  # samples per problem for them; 0: eval_k
+    eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy
+    eval_max_new_tokens: int = 48  # tokens at which they are cut, whatever the training length
+    eval_batch_size: int = 512  # of them sampled at once
+    save_every: int = 50  # steps between states to continue from
+    seed: int = 0  # of everything random
+    thinking: bool = False  # ask for thinking mode in chat templates that have it
+    precision: str = "auto"  # fp32; bf16: teacher and activations, student weights stay fp32; auto: bf16 on a GPU
+
+
+def main(args: Args):
+    train, evals, vocab = start(args)  # what is wrong with the arguments or the data is said here, before models load
+
+    # (1) Models
+    student = load_model(args.student, args, trainable=True)
+    teacher = load_model(args.teacher, args, trainable=False)
+    sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    kl = {"forward": forward_kl, "reverse": reverse_kl, "mixed": partial(mixed_kl, lam=args.lam)}[args.kl]
+    ladder = [int(length) for length in args.lengths.split(",") if int(length) <= args.max_new_tokens]
+    stage_steps = math.ceil(args.steps / len(ladder))
+    train, held_out = Prompts(train[: -args.held_out]), Prompts(train[-args.held_out :])
+
+    # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    progress = resume(args, student, optimizer)
+    state = progress.more = progress.more or {"stage": 0, "history": [], "closed": False}  # survives a kill
+    world, ctrl_c = rank_and_world()[1], CtrlC()
+    if progress.step == 0:
+        log(args, {"step": 0, **evaluate_all(student, evals, vocab, args, step=0)})
+
+    for step in steps(progress.step + 1, args.steps):
+        if state["closed"] and args.on_closed == "stop":
+            break
+        started = time.perf_counter()
+        length = ladder[state["stage"]]  # L_m
+        batch = train.batch(step, args.batch_size, args.seed)
+
+        # (3) Prefixes. WHERE is supervision applied? On the first L_m tokens of what student or teacher says.
+        if args.prefixes == "student":
+            rollouts = sample(student, batch.prompts, batch.keys, vocab, length, **sampling)
+        else:
+            rollouts = stored_rollouts(
+                teacher, batch, vocab, args.out_dir, args.teacher_samples, length, longest=ladder[-1], **sampling
+            )
+
+        # (4) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
+        # token in a short response count more than one in a long response.
+        n_rollouts, n_tokens = args.batch_size, total(rollouts.mask.sum().item())
+        loss = entropy = 0.0
+        for micro in rollouts.split(args.micro_batch_size):
+            weights = micro.mask / n_tokens  # (b, R)
+            u = uniforms(micro.keys, micro.mask.shape[1], "estimate") if args.estimator == "sampled" else None
+            # HOW are the two distributions compared? By the KL that was asked for.
+            micro_loss, micro_entropy = weighted_kl(kl, student, teacher, micro, weights, vocab, u)
+            (micro_loss * world).backward()  # gradients are averaged over processes, and we want their sum
+            loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
+        loss, entropy = total(loss), total(entropy)
+
+        # (5) Update
+        lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
+        if not math.isfinite(loss + grad_norm):
+            refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}; {args.out_dir} keeps the last good state")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # (6) The gate, at the end of a stage: go from L_m to L_{m+1} only if the student has kept H_m >= H_min.
+        gate = {}
+        at_gate = not state["closed"] and (step % stage_steps == 0 or step == args.steps)
+        if at_gate:
+            h, gate_flops = mean_entropy(student, held_out, vocab, length, args.eval_batch_size)  # H_m
+            progress.flops += gate_flops
+            is_open = h >= args.h_min
+            gate = {"gate_entropy": h, "gate_open": is_open}
+            state["history"].append({"step": step, "length": length, "gate_entropy": h, "open": is_open})
+            if is_open:  # stable: this is now the checkpoint to fall back on
+                save_state(args, progress, student, optimizer, name="stable")
+                state["stage"] = min(state["stage"] + 1, len(ladder) - 1)
+            else:
+                state["closed"] = True
+                if state["stage"] == 0:
+                    print(f"stage 0 itself is unstable (H = {h:.3f} < {args.h_min}): the result is its checkpoint")
+                else:  # back to the last stable weights and length
+                    load_state(args, student, optimizer, name="stable")
+                    state["stage"] -= 1
+
+        # (7) Log, evaluate, save
+        seconds = time.perf_counter() - started
+        forward = [sequence_flops(model, *rollouts.lengths()).sum().item() for model in (teacher, student)]
+        progress.flops += total(rollouts.flops + forward[0] + 3 * forward[1])  # a backward pass is two forward ones
+        progress.step, progress.seconds = step, progress.seconds + seconds
+        row = dict(
+            step=step,
+            train_len=length,
+            **gate,
+            loss=loss,
+            entropy=entropy,
+            response_len=n_tokens / n_rollouts,
+            clip_ratio=1 - total(rollouts.ended.sum().item()) / n_rollouts,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens_per_s=n_tokens / seconds,
+            seconds=progress.seconds,
+            flops=progress.flops,
+        )
+        last = step == args.steps or (state["closed"] and args.on_closed == "stop")
+        if last or (args.eval_every and step % args.eval_every == 0):
+            row |= evaluate_all(student, evals, vocab, args, step)
+        log(args, row)
+        stop = bool(ctrl_c)
+        if step % args.save_every == 0 or stop or last or at_gate:
+            save_state(args, progress, student, optimizer)
+        if stop:
+            raise SystemExit(f"stopped after step {step}; the same command continues from there")
+
+    finish(args, student, vocab)
+
+
+if __name__ == "__main__":
+    main(parse(Args))

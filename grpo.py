@@ -1,0 +1,180 @@
+"""Group-relative policy optimisation (GRPO): the reinforcement learning that follows distillation.
+
+    L(θ) = − E [ min( ρ_t A, clip(ρ_t, 1−ε, 1+ε) A ) ]        ρ_t = q_θ(y_t|s_t) / q_old(y_t|s_t)
+    A_i = (r_i − mean r) / (std r + 1e-4)                      over the group of responses to one prompt
+
+What it does. The model answers each prompt --group_size times; an answer is worth 1 if it is right and 0 if not; every
+token of a response is reinforced by how much better its response was than the others of its group. No teacher. Start it
+from any checkpoint, also one that another script has written (`--student runs/opd/model`): what a distilled model still
+has to gain here depends on the entropy that distillation has left it.
+
+What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
+- No KL penalty towards a reference model.
+- The mean is over all tokens of the batch, not over each response and then over responses (as in DAPO): a
+  response's tokens count alike, whatever its length.
+- One update per batch of rollouts by default. Then ρ = 1 and clipping does nothing; --updates_per_step k makes k passes
+  over the same rollouts, and `clipped_fraction` says how many tokens the clip silenced.
+- A group in which all answers are worth the same has A = 0, and no gradient.
+
+Run it.
+    python grpo.py                                   CPU, the embedded toy's untrained student
+    python grpo.py --student runs/opd/model --out_dir runs/opd-grpo             after distillation
+    torchrun --nproc_per_node 4 grpo.py ...          the same run on several GPUs
+The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import evaluate_all, sample, sequence_flops, token_log_probs, weighted_loss
+from runs import CtrlC, finish, load_model, log, parse, rank_and_world, resume, save_state, start, steps, total, whole
+from tasks import grade, refuse
+
+
+def clipped_surrogate(log_probs, old_log_probs, advantages, clip):
+    """−min(ρA, clip(ρ, 1−ε, 1+ε)A) at every token, ρ = exp(log_probs − old_log_probs). All (n,) -> (n,)."""
+    ratio = (log_probs - old_log_probs).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def group_advantages(rewards):
+    """(prompts, group) rewards -> (prompts, group) advantages, standardised within each group; 0 where all are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True, unbiased=False) + 1e-4)
+
+
+@dataclass
+class Args:
+    student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
+    data: str = "toy/train.jsonl"  # problems with answers to train on: a file, or name[:config[:split]] on the hub
+    eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on; several separated by commas
+    out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
+    steps: int = 200  # updates
+    batch_size: int = 16  # prompts per step, over all processes
+    group_size: int = 8  # responses to each of them
+    updates_per_step: int = 1  # passes over the same rollouts
+    clip: float = 0.2  # ε: how far the ratio ρ may leave 1 before a token stops counting
+    micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient
+    max_new_tokens: int = 48  # training length: tokens at which a rollout is cut
+    temperature: float = 1.0  # of the rollouts; the loss always takes probabilities at T = 1
+    top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off
+    top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off
+    lr: float = 5e-4  # AdamW's learning rate, constant after the warm-up
+    warmup: float = 0.05  # fraction of the steps over which lr rises from 0
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    eval_every: int = 100  # steps between evaluations; 0: only before and after
+    eval_k: int = 8  # k of Avg@k and Pass@k
+    eval_n: int = 0  # samples per problem for them; 0: eval_k
+    eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy
+    eval_max_new_tokens: int = 48  # tokens at which they are cut, whatever the training length
+    eval_batch_size: int = 512  # of them sampled at once
+    save_every: int = 50  # steps between states to continue from
+    seed: int = 0  # of everything random
+    thinking: bool = False  # ask for thinking mode in chat templates that have it
+    precision: str = "auto"  # fp32; bf16: activations, the weights stay fp32; auto: bf16 on a GPU
+
+
+def main(args: Args):
+    train, evals, vocab = start(args)  # what is wrong with the arguments or the data is said here, before models load
+
+    # (1) Model
+    student = load_model(args.student, args, trainable=True)
+    sampling = dict(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
+    )
+
+    # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    progress = resume(args, student, optimizer)
+    world, ctrl_c = rank_and_world()[1], CtrlC()
+    if progress.step == 0:
+        log(args, {"step": 0, **evaluate_all(student, evals, vocab, args, step=0)})
+
+    for step in steps(progress.step + 1, args.steps):
+        started = time.perf_counter()
+        batch = train.batch(step, args.batch_size, args.seed)
+
+        # (3) Rollouts: a group of responses to each prompt, and how much better each is than its group
+        groups = [(row, prompt, (*key, g)) for row, prompt, key in zip(batch.rows, batch.prompts, batch.keys)
+                  for g in range(args.group_size)]  # fmt: skip
+        rows, prompts, keys = zip(*groups)
+        rollouts = sample(student, prompts, keys, vocab, **sampling)
+        texts = vocab.tokenizer.batch_decode(rollouts.responses(), skip_special_tokens=True)
+        rewards = torch.tensor([float(grade(text, train.answers[row])) for text, row in zip(texts, rows)])
+        advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()
+        advantage_of = dict(zip(keys, advantages.tolist()))
+        n_rollouts, n_tokens = args.batch_size * args.group_size, total(rollouts.mask.sum().item())
+        micros = list(rollouts.split(args.micro_batch_size))
+        many = args.updates_per_step > 1  # with one update q_old is q_θ, and needs no pass of its own
+        old = [token_log_probs(student, micro, vocab) if many else None for micro in micros]
+
+        for update in range(args.updates_per_step):
+            # (4) Loss: the clipped surrogate, a mean over the response tokens of the *global* batch
+            loss = entropy = clipped = 0.0
+            for micro, old_log_probs in zip(micros, old):
+                advantage = torch.tensor([advantage_of[key] for key in micro.keys], device=micro.mask.device)
+                advantage = advantage[:, None].expand(micro.mask.shape)[micro.mask]  # (N,)
+                tokens = micro.ids[:, micro.prompt_len :][micro.mask]  # (N,)
+
+                def surrogate(logits, c):
+                    nonlocal clipped
+                    log_probs = logits.float().log_softmax(-1).gather(-1, tokens[c, None])[:, 0]
+                    before = old_log_probs[c] if many else log_probs.detach()
+                    losses = clipped_surrogate(log_probs, before, advantage[c], args.clip)
+                    unclipped = -(log_probs - before).exp() * advantage[c]
+                    clipped += (losses > unclipped).sum().item()
+                    return losses
+
+                micro_loss, micro_entropy = weighted_loss(surrogate, student, micro, micro.mask / n_tokens, vocab)
+                (micro_loss * world).backward()  # gradients are averaged over processes, and we want their sum
+                loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
+            loss, entropy, clipped = total(loss), total(entropy), total(clipped) / n_tokens
+
+            # (5) Update
+            lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
+            if not math.isfinite(loss + grad_norm):
+                refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}; {args.out_dir} keeps the last good state")
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # (6) Log, evaluate, save
+        seconds = time.perf_counter() - started
+        forward = sequence_flops(student, *rollouts.lengths()).sum().item()  # a backward pass is two of them
+        progress.flops += total(rollouts.flops + (many + 3 * args.updates_per_step) * forward)
+        progress.step, progress.seconds = step, progress.seconds + seconds
+        row = dict(
+            step=step,
+            loss=loss,
+            reward=total(rewards.sum().item()) / n_rollouts,
+            clipped_fraction=clipped,
+            entropy=entropy,
+            response_len=n_tokens / n_rollouts,
+            clip_ratio=1 - total(rollouts.ended.sum().item()) / n_rollouts,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens_per_s=n_tokens / seconds,
+            seconds=progress.seconds,
+            flops=progress.flops,
+        )
+        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+            row |= evaluate_all(student, evals, vocab, args, step)
+        log(args, row)
+        stop = bool(ctrl_c)
+        if step % args.save_every == 0 or stop or step == args.steps:
+            save_state(args, progress, student, optimizer)
+        if stop:
+            raise SystemExit(f"stopped after step {step}; the same command continues from there")
+
+    finish(args, student, vocab)
+
+
+if __name__ == "__main__":
+    main(parse(Args))

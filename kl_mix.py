@@ -1,0 +1,153 @@
+"""KL mixing: λ · reverse KL + (1−λ) · forward KL on the student's own prefixes.
+
+    L(θ) = E_{s ~ d^S} [ λ · KL( q_θ(·|s) ‖ p_T(·|s) ) + (1−λ) · KL( p_T(·|s) ‖ q_θ(·|s) ) ]
+
+                         forward KL(p_T‖q_θ)      reverse KL(q_θ‖p_T)
+    teacher prefixes     sft_offpolicy.py         offline_rl_distill.py
+    student prefixes     dagger_onpolicy.py  <-   kl_mix.py   ->  opd.py
+                         (λ = 0)                  (λ = 1)
+
+What it does. The same rollouts as opd.py and dagger_onpolicy.py, and a loss in between: gradients are linear in λ,
+
+    ∇ L = λ · q · (log q − log p − KL) + (1−λ) · (q − p)        in logit space,
+
+so a little forward KL (λ near 1) adds what reverse KL lacks, a pull on tokens that the student never says and the
+teacher does: at q(y) → 0 the first term vanishes with q, the second is −p(y).
+
+What it leaves out, on purpose.
+- It is not the generalised JSD of GKD and TRL, β·KL(p‖m) + (1−β)·KL(q‖m) with the mixture distribution
+  m = β·p + (1−β)·q: that loss goes to 0 at both ends of β, and only its rescaled limits are the two KLs.
+- The prefixes count as data: no gradient flows through the choice of s.
+- λ is a constant. (curriculum.py changes the training length instead.)
+
+Run it.
+    python kl_mix.py                                     CPU, the embedded toy: about a minute
+    python kl_mix.py --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main \\
+        --eval_data openai/gsm8k:main:test --lr 5e-7 --batch_size 32 --max_new_tokens 1024 --out_dir runs/qwen3
+    torchrun --nproc_per_node 4 kl_mix.py ...            the same run on several GPUs
+The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common import evaluate_all, mixed_kl, sample, sequence_flops, uniforms, weighted_kl
+from runs import CtrlC, finish, load_model, log, parse, rank_and_world, resume, save_state, start, steps, total, whole
+from tasks import refuse
+
+
+@dataclass
+class Args:
+    student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
+    teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
+    data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
+    eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on; several separated by commas
+    out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
+    steps: int = 200  # updates
+    batch_size: int = 64  # prompts, and rollouts, per update, over all processes
+    micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient
+    max_new_tokens: int = 48  # training length: tokens at which a rollout is cut
+    temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1
+    top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off
+    top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off
+    lam: float = 0.5  # λ, the share of reverse KL: 0 is dagger_onpolicy.py, 1 is opd.py
+    estimator: str = "exact"  # exact: sum over the vocabulary; sampled: one token per prefix, same gradient on average
+    lr: float = 2e-3  # AdamW's learning rate, constant after the warm-up
+    warmup: float = 0.05  # fraction of the steps over which lr rises from 0
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    eval_every: int = 100  # steps between evaluations; 0: only before and after
+    eval_k: int = 8  # k of Avg@k and Pass@k
+    eval_n: int = 0  # samples per problem for them; 0: eval_k
+    eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy
+    eval_max_new_tokens: int = 48  # tokens at which they are cut, whatever the training length
+    eval_batch_size: int = 512  # of them sampled at once
+    save_every: int = 50  # steps between states to continue from
+    seed: int = 0  # of everything random
+    thinking: bool = False  # ask for thinking mode in chat templates that have it
+    precision: str = "auto"  # fp32; bf16: teacher and activations, student weights stay fp32; auto: bf16 on a GPU
+
+
+def main(args: Args):
+    train, evals, vocab = start(args)  # what is wrong with the arguments or the data is said here, before models load
+
+    # (1) Models
+    student = load_model(args.student, args, trainable=True)
+    teacher = load_model(args.teacher, args, trainable=False)
+    sampling = dict(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
+    )
+
+    # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    progress = resume(args, student, optimizer)
+    world, ctrl_c = rank_and_world()[1], CtrlC()
+    if progress.step == 0:
+        log(args, {"step": 0, **evaluate_all(student, evals, vocab, args, step=0)})
+
+    for step in steps(progress.step + 1, args.steps):
+        started = time.perf_counter()
+        batch = train.batch(step, args.batch_size, args.seed)
+
+        # (3) Prefixes. WHERE is supervision applied? On what the student itself says.
+        rollouts = sample(student, batch.prompts, batch.keys, vocab, **sampling)
+
+        # (4) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
+        # token in a short response count more than one in a long response.
+        n_rollouts, n_tokens = args.batch_size, total(rollouts.mask.sum().item())
+        loss = entropy = 0.0
+        for micro in rollouts.split(args.micro_batch_size):
+            weights = micro.mask / n_tokens  # (b, R)
+            u = uniforms(micro.keys, micro.mask.shape[1], "estimate") if args.estimator == "sampled" else None
+            # HOW are the two distributions compared? By a mixture of both KLs.
+            micro_loss, micro_entropy = weighted_kl(partial(mixed_kl, lam=args.lam), student, teacher, micro, weights, vocab, u)
+            (micro_loss * world).backward()  # gradients are averaged over processes, and we want their sum
+            loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
+        loss, entropy = total(loss), total(entropy)
+
+        # (5) Update
+        lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
+        if not math.isfinite(loss + grad_norm):
+            refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}; {args.out_dir} keeps the last good state")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # (6) Log, evaluate, save
+        seconds = time.perf_counter() - started
+        forward = [sequence_flops(model, *rollouts.lengths()).sum().item() for model in (teacher, student)]
+        progress.flops += total(rollouts.flops + forward[0] + 3 * forward[1])  # a backward pass is two forward ones
+        progress.step, progress.seconds = step, progress.seconds + seconds
+        row = dict(
+            step=step,
+            loss=loss,
+            entropy=entropy,
+            response_len=n_tokens / n_rollouts,
+            clip_ratio=1 - total(rollouts.ended.sum().item()) / n_rollouts,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens_per_s=n_tokens / seconds,
+            seconds=progress.seconds,
+            flops=progress.flops,
+        )
+        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+            row |= evaluate_all(student, evals, vocab, args, step)
+        log(args, row)
+        stop = bool(ctrl_c)
+        if step % args.save_every == 0 or stop or step == args.steps:
+            save_state(args, progress, student, optimizer)
+        if stop:
+            raise SystemExit(f"stopped after step {step}; the same command continues from there")
+
+    finish(args, student, vocab)
+
+
+if __name__ == "__main__":
+    main(parse(Args))
