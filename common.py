@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from runs import RolloutStore, gather, is_main, log_samples, rank_and_world, total, whole_weights
+from runs import RolloutStore, decoding_precision, gather, is_main, log_samples, rank_and_world, total, whole_weights
 from tasks import grade, refuse
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -339,6 +339,75 @@ def sampling_logits(logits, temperature=1.0, top_p=1.0, top_k=0):
     return logits
 
 
+class _GrowingCache:
+    """Decode with a KV cache that grows by a token a step, and from which ended rows can be dropped."""
+
+    def __init__(self, model, start, max_new_tokens):
+        self.model, self.inputs = model, start.inputs()
+        self.attention, self.position = self.inputs.get("attention_mask"), start.prompt_mask.sum(1, keepdim=True)
+        self.cache = transformers.DynamicCache(config=model.config)
+
+    def step(self, y=None):
+        """Read the tokens y (b,), or the prompts -> logits of the next token (b, V)."""
+        if y is not None:
+            self.inputs = {"input_ids": y[:, None], "position_ids": self.position}
+            self.position = self.position + 1
+            if self.attention is not None:  # without padding, none is needed
+                self.attention = torch.cat([self.attention, self.attention.new_ones(len(y), 1)], 1)
+                self.inputs["attention_mask"] = self.attention
+        return self.model(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def keep(self, rows):
+        """Go on with these rows only (a bool mask). -> whether that was done"""
+        self.cache.batch_select_indices(rows.nonzero()[:, 0])
+        self.position = self.position[rows]
+        self.attention = None if self.attention is None else self.attention[rows]
+        return True
+
+
+class _FixedCache:
+    """Decode with a KV cache of the final size. All shapes and addresses stay the same, so that on a GPU one step can
+    be recorded as a CUDA graph and replayed: launching 28 layers from Python takes ten times as long as running them.
+    """
+
+    def __init__(self, model, start, max_new_tokens):
+        self.model, (B, P) = model, start.prompt_mask.shape
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=P + max_new_tokens)
+        self.position = start.prompt_mask.sum(1, keepdim=True) - 1  # (B, 1), of the token read last
+        self.filled = torch.tensor([P - 1], device=start.ids.device)  # its column in the cache
+        self.visible = F.pad(start.prompt_mask, (0, max_new_tokens))[:, None, None]  # (B, 1, 1, P+R): cache to look at
+        columns = torch.arange(P + max_new_tokens, device=start.ids.device)
+        causal = columns <= columns[:P, None]  # (P, P+R)
+        itself = torch.eye(P, P + max_new_tokens, dtype=torch.bool, device=start.ids.device)  # pads must see something
+        self.prefill = dict(input_ids=start.ids, attention_mask=self.visible & causal | itself)
+        self.prefill["position_ids"] = (start.prompt_mask.cumsum(1) - 1).clamp(min=0)
+        self.ids, self.graph, self.logits, self.steps = start.ids[:, -1:].clone(), None, None, 0
+
+    def _read(self):
+        self.position.add_(1)
+        self.filled.add_(1)
+        self.visible.index_fill_(3, self.filled, True)
+        inputs = dict(input_ids=self.ids, position_ids=self.position, attention_mask=self.visible)
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def step(self, y=None):
+        if y is None:
+            return self.model(**self.prefill, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self.ids.copy_(y[:, None])
+        self.steps += 1
+        if self.ids.device.type != "cuda" or self.steps <= 3:  # the first steps warm up what a graph cannot record
+            return self._read()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._read()
+        self.graph.replay()
+        return self.logits
+
+    def keep(self, rows):
+        return False  # rows cannot leave a graph
+
+
 @torch.no_grad()
 def sample(
     model, prompts, keys, vocab, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stream="rollout", entropies=False
@@ -352,25 +421,21 @@ def sample(
     device, B = next(model.parameters()).device, len(prompts)
     start = make_rollouts(prompts, [()] * B, [False] * B, keys, vocab, device)
     u = uniforms(keys, max_new_tokens, stream).to(device)  # (B, R)
-    end_ids = torch.tensor(vocab.end_ids, device=device)
+    end_ids = torch.tensor(vocab.end_ids, device=device, dtype=torch.long)
     tokens = torch.full((B, max_new_tokens), vocab.pad_id, device=device)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     entropy_of = torch.zeros(B, max_new_tokens, device=device) if entropies else None
     done = torch.zeros(B, dtype=torch.bool, device=device)
     alive = torch.arange(B, device=device)  # the rows still in the KV cache
-    inputs = start.inputs()
-    attention, position = inputs.get("attention_mask"), start.prompt_mask.sum(1, keepdim=True)
-    cache = transformers.DynamicCache(config=model.config)
     was_training = model.training
     model.eval()
-    with whole_weights(model):
+    with whole_weights(model), decoding_precision(model):
+        decoder, y = (_FixedCache if device.type == "cuda" else _GrowingCache)(model, start, max_new_tokens), None
         for t in range(max_new_tokens):
-            logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            logits = logits[:, : vocab.size].float()  # (alive, V)
+            logits = decoder.step(y)[:, : vocab.size].float()  # (alive, V)
             y = draw(sampling_logits(logits, temperature, top_p, top_k).softmax(-1), u[alive, t])
-            live = alive[~done[alive]]
             tokens[alive, t] = torch.where(done[alive], vocab.pad_id, y)
-            mask[live, t] = True
+            mask[alive, t] = ~done[alive]
             if entropies:
                 entropy_of[alive, t] = entropy(logits)
             done[alive] |= torch.isin(y, end_ids)
@@ -378,15 +443,8 @@ def sample(
                 keep = ~done[alive]
                 if not keep.any():
                     break
-                if not keep.all():
-                    alive, y, position = alive[keep], y[keep], position[keep]
-                    attention = None if attention is None else attention[keep]
-                    cache.batch_select_indices(keep.nonzero()[:, 0])
-            inputs = {"input_ids": y[:, None], "position_ids": position}
-            if attention is not None:
-                attention = torch.cat([attention, attention.new_ones(len(y), 1)], 1)
-                inputs["attention_mask"] = attention
-            position = position + 1
+                if not keep.all() and decoder.keep(keep):
+                    alive, y = alive[keep], y[keep]
     model.train(was_training)
     R = int(mask.sum(1).max())
     ids, mask = torch.cat([start.ids, tokens[:, :R]], 1), mask[:, :R]
@@ -462,14 +520,13 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model, problems, vocab, k=8, n=0, temperature=1.0, max_new_tokens=1024, batch_size=256, seed=0):
-    """Sample n >= k responses to every problem (n = 0: k of them) and grade them.
+def evaluate(
+    model, problems, vocab, k=8, n=0, temperature=1.0, max_new_tokens=1024, batch_size=256, seed=0, top_p=1.0, top_k=0
+):
+    """Sample n >= k responses to every problem (n = 0: k of them) and grade them. -> (metrics, records)
 
-    -> (metrics, records): avg_at_k (mean accuracy), pass_at_k (unbiased), avg_at_k_ci (half the width of the normal
-    95 % interval over problems), eval_len (mean response length, tokens), eval_clip_ratio (fraction cut at
-    max_new_tokens), eval_entropy (mean predictive entropy at T = 1 per token of these rollouts, nats); and one dict
-    per problem. Random numbers are keyed by (seed, problem, sample), so two evaluations differ only by the model,
-    and processes may share the problems.
+    metrics: see summarize. records: one dict per response, in the order of problems and samples. Random numbers are
+    keyed by (seed, problem, sample), so two evaluations differ only by the model, and processes share the problems.
     """
     n = n or k
     rank, world = rank_and_world()
@@ -480,7 +537,9 @@ def evaluate(model, problems, vocab, k=8, n=0, temperature=1.0, max_new_tokens=1
     for b in tqdm(range(steps), desc="evaluate", leave=False, disable=not is_main()):
         pairs = mine[b * batch_size : (b + 1) * batch_size] or [(0, 0)]  # out of work: keep the others company
         prompts, keys = [problems[i].prompt for i, _ in pairs], [(seed, i, j) for i, j in pairs]
-        rollouts = sample(model, prompts, keys, vocab, max_new_tokens, temperature, stream="evaluate", entropies=True)
+        rollouts = sample(
+            model, prompts, keys, vocab, max_new_tokens, temperature, top_p, top_k, stream="evaluate", entropies=True
+        )
         entropies = (rollouts.entropy * rollouts.mask).sum(1).tolist()
         for (i, j), ids, ended, nats in zip(pairs, rollouts.responses(), rollouts.ended.tolist(), entropies):
             if b * batch_size < len(mine):
@@ -488,17 +547,37 @@ def evaluate(model, problems, vocab, k=8, n=0, temperature=1.0, max_new_tokens=1
                 result = dict(response=text, correct=grade(text, problems[i].answer), length=len(ids))
                 records.append(dict(problem=i, sample=j, **result, ended=ended, nats=nats))
     records = sorted(gather(records), key=lambda r: (r["problem"], r["sample"]))
-    right = [sum(r["correct"] for r in records[i * n : (i + 1) * n]) for i in range(len(problems))]
-    tokens = sum(r["length"] for r in records)
-    metrics = {
-        "avg_at_k": float(np.mean(right) / n),
-        "pass_at_k": float(np.mean([pass_at_k(n, c, k) for c in right])),
-        "avg_at_k_ci": float(1.96 * np.std(right, ddof=1) / n / math.sqrt(len(right))) if len(right) > 1 else 0.5,
-        "eval_len": tokens / len(records),
-        "eval_clip_ratio": float(np.mean([not r["ended"] for r in records])),
-        "eval_entropy": sum(r["nats"] for r in records) / tokens,
+    return summarize(records, range(len(problems)), k), records
+
+
+def summarize(records, problems, k):
+    """What evaluate's records say about some of the problems (their numbers).
+
+    -> avg_at_k (mean accuracy), pass_at_k (unbiased), avg_at_k_ci and pass_at_k_ci (half the width of the normal 95 %
+    interval over problems), eval_len (mean response length, tokens), eval_clip_ratio (fraction cut at the cap),
+    eval_entropy (mean predictive entropy at T = 1 per token of these rollouts, nats), problems (how many).
+    """
+    by_problem = {i: [] for i in problems}
+    for record in records:
+        by_problem.get(record["problem"], []).append(record)
+    flat = [r for group in by_problem.values() for r in group]
+    avg = [np.mean([r["correct"] for r in group]) for group in by_problem.values()]
+    passed = [pass_at_k(len(group), sum(r["correct"] for r in group), k) for group in by_problem.values()]
+    tokens = sum(r["length"] for r in flat)
+
+    def half_width(values):
+        return float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.5
+
+    return {
+        "avg_at_k": float(np.mean(avg)),
+        "pass_at_k": float(np.mean(passed)),
+        "avg_at_k_ci": half_width(avg),
+        "pass_at_k_ci": half_width(passed),
+        "eval_len": tokens / len(flat),
+        "eval_clip_ratio": float(np.mean([not r["ended"] for r in flat])),
+        "eval_entropy": sum(r["nats"] for r in flat) / tokens,
+        "problems": len(by_problem),
     }
-    return metrics, records
 
 
 def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):

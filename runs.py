@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import inspect
 import json
@@ -18,10 +19,12 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import safetensors
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -50,7 +53,10 @@ def parse(Args, argv=None):
         formatter_class=_HelpFormatter,
     )  # fmt: skip
     parser.error = lambda message: refuse(f"{message} (--help lists the arguments)")
-    return parser.parse_args_into_dataclasses(args=argv)[0]
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        refuse(f"unknown argument {unknown[0]} (--help lists the arguments)")
+    return args
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -61,25 +67,36 @@ def check_args(args):
     """Refuse, by name, an argument that no run can use. Fields that a script does not have are not looked at."""
     at_least = dict(
         steps=1, batch_size=1, micro_batch_size=1, max_new_tokens=1, eval_k=1, save_every=1, eval_batch_size=1,
-        eval_max_new_tokens=1, teacher_samples=1, top_k=0, eval_every=0, eval_n=0, seed=0, eval_temperature=0,
-        weight_decay=0, warmup=0,
+        eval_max_new_tokens=1, teacher_samples=1, updates_per_step=1, held_out=1, group_size=2, top_k=0, eval_every=0,
+        eval_n=0, seed=0, eval_temperature=0, weight_decay=0, warmup=0, lam=0, h_min=0,
     )  # fmt: skip
     for name, low in at_least.items():
         value = getattr(args, name, low)
         if not (math.isfinite(value) and value >= low):
             refuse(f"--{name} is {value}, and must be at least {low}")
-    for name in ("lr", "temperature", "top_p", "max_grad_norm"):
+    for name in ("lr", "temperature", "top_p", "max_grad_norm", "clip"):
         value = getattr(args, name, 1.0)
         if not (math.isfinite(value) and value > 0):
             refuse(f"--{name} is {value}, and must be a finite number above 0")
-    if getattr(args, "top_p", 1.0) > 1 or getattr(args, "warmup", 0) > 1:
-        refuse(f"--top_p ({args.top_p}) and --warmup ({args.warmup}) are fractions, at most 1")
-    if getattr(args, "estimator", "exact") not in ("exact", "sampled"):
-        refuse(f"--estimator is {args.estimator!r}, and must be exact or sampled")
+    for name in ("top_p", "warmup", "lam"):
+        if getattr(args, name, 0) > 1:
+            refuse(f"--{name} is {getattr(args, name)}, and is a fraction: at most 1")
+    choices = dict(
+        estimator=("exact", "sampled"), precision=("auto", "fp32", "bf16"), kl=("forward", "reverse", "mixed"),
+        prefixes=("student", "teacher"), on_closed=("stop", "continue"),
+    )  # fmt: skip
+    for name, allowed in choices.items():
+        if getattr(args, name, allowed[0]) not in allowed:
+            refuse(f"--{name} is {getattr(args, name)!r}, and must be one of: {', '.join(allowed)}")
     if args.eval_n and args.eval_n < args.eval_k:
         refuse(f"--eval_k is {args.eval_k} but --eval_n is {args.eval_n}: Pass@k needs at least k samples a problem")
-    if args.precision not in ("auto", "fp32", "bf16"):
-        refuse(f"--precision is {args.precision!r}, and must be auto, fp32 or bf16")
+    names = args.eval_data.split(",")
+    if "" in names or len(set(names)) < len(names):
+        refuse(f"--eval_data is {args.eval_data!r}: each name between its commas must be there, and only once")
+    if hasattr(args, "lengths"):
+        lengths = [int(n) if n.isdecimal() else 0 for n in args.lengths.split(",")]
+        if lengths != sorted(set(lengths)) or not 0 < lengths[0] <= args.max_new_tokens:
+            refuse(f"--lengths is {args.lengths!r}: give rising numbers like 8,16,32, the first at most --max_new_tokens")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if getattr(args, "batch_size", world) % world:
         refuse(f"--batch_size is {args.batch_size}, and must be a multiple of the {world} processes")
@@ -87,6 +104,17 @@ def check_args(args):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Processes: everything below works the same in one process and under torchrun
+
+
+def start_processes():
+    """Join the other processes, if torchrun has started several; and keep libraries quiet."""
+    warnings.filterwarnings("ignore", module="torch.distributed")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(_device())
 
 
 def rank_and_world():
@@ -198,15 +226,9 @@ def start(args):
     Checks the arguments, the output directory (ends the program if the run is finished), the data, and that the
     models can be compared: tokenizers, templates, end tokens, context lengths. train: Prompts; evals: {name: [Problem]}.
     """
-    warnings.filterwarnings("ignore", module="torch.distributed")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return _start(args)
+    start_processes()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(_device())
+        return _start(args)
     end = [None]  # the main process looks first: what it refuses, it alone reports, and all processes end
     if is_main():
         try:
@@ -234,12 +256,24 @@ def _start(args):
 
 
 def load_vocab(args, problem_sets):
-    """Load the tokenizers and configs of args.student and args.teacher (if there is one), encode the prompts of all
-    problem sets, and refuse what cannot work. -> Vocab"""
-    paths = {role: getattr(args, role) for role in ("student", "teacher") if hasattr(args, role)}
-    configs = {role: _load(transformers.AutoConfig, path, role).get_text_config() for role, path in paths.items()}
-    tokenizers = {role: _load(transformers.AutoTokenizer, path, role) for role, path in paths.items()}
-    student, asker = tokenizers["student"], tokenizers.get("teacher", tokenizers["student"])
+    """Load the tokenizers and configs of the models that args names (student and teacher, student, or model), encode
+    the prompts of all problem sets, and refuse what cannot work, down to the weight files' headers. -> Vocab"""
+    paths = {role: getattr(args, role) for role in ("student", "teacher", "model") if hasattr(args, role)}
+    configs, tokenizers = {}, {}
+    for role, path in paths.items():
+        config = _load(transformers.AutoConfig, path, role)
+        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            refuse(f"--{role} {path!r} is a {config.model_type} model: give a causal language model")
+        configs[role] = config.get_text_config()
+        tokenizers[role] = _load(transformers.AutoTokenizer, path, role)
+        for file in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
+            try:
+                with safetensors.safe_open(file, "pt"):
+                    pass
+            except Exception as error:
+                refuse(f"{file} is damaged ({error}): copy or download --{role} again")
+    student = next(iter(tokenizers.values()))
+    asker = tokenizers.get("teacher", student)
     for problems in problem_sets:
         encode_prompts(problems, asker, args.thinking)
     if "teacher" in paths:
@@ -247,17 +281,20 @@ def load_vocab(args, problem_sets):
         if ordinary[0] != ordinary[1]:
             refuse(
                 f"the tokenizers of student ({len(ordinary[0])} tokens) and teacher ({len(ordinary[1])} tokens) differ: "
-                "their distributions are over different things; choose two models of one family"
+                "their distributions are over different things; choose --student and --teacher from one family"
             )
         student.chat_template = asker.chat_template  # the teacher's template serves both
         probes = [dataclasses.replace(p) for p in problem_sets[0][:256]]
         encode_prompts(probes, student, args.thinking)
         if any(a.prompt != b.prompt for a, b in zip(probes, problem_sets[0])):
-            refuse("student and teacher tokenize the same prompt differently: choose two models of one family")
+            refuse("--student and --teacher tokenize the same prompt differently: choose both from one family")
     sizes = {role: config.vocab_size for role, config in configs.items()}
     needed, size = max(max(tok.get_vocab().values()) + 1 for tok in tokenizers.values()), min(sizes.values())
     if needed > size:
-        refuse(f"the tokenizer has ids up to {needed - 1}, but the models' vocabulary sizes are {sizes}")
+        refuse(
+            f"the tokenizer has ids up to {needed - 1}, but the vocabulary sizes in config.json are {sizes}: the tokenizer "
+            "is another model's, or model.resize_token_embeddings was forgotten"
+        )
     if len(set(sizes.values())) > 1:
         size = needed
         if is_main():
@@ -266,20 +303,23 @@ def load_vocab(args, problem_sets):
     for role, path in paths.items():
         try:
             generation = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-        except OSError:
+        except Exception as error:  # most often there is none, which is fine
             generation = None
+            if os.path.exists(os.path.join(path, "generation_config.json")):
+                refuse(f"generation_config.json in {path!r} is damaged: mend or delete it ({error})")
         for ids in (configs[role].eos_token_id, generation, tokenizers[role].eos_token_id):
             end_ids.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     end_ids = tuple(sorted(i for i in end_ids if 0 <= i < size))
     if not end_ids:
-        refuse("neither model has an end token (eos_token_id), so no response could ever end: set one in config.json")
+        refuse(f"no response could ever end: set an end token, eos_token_id below {size}, in a model's config.json")
     longest = max((p for problems in problem_sets for p in problems), key=lambda p: len(p.prompt))
     for role, config in configs.items():
-        room, new = config.max_position_embeddings, max(getattr(args, "max_new_tokens", 0), args.eval_max_new_tokens)
+        room = getattr(config, "max_position_embeddings", None) or math.inf
+        new = max(getattr(args, "max_new_tokens", 0), args.eval_max_new_tokens)
         if len(longest.prompt) + new > room:
             refuse(
-                f"the longest prompt has {len(longest.prompt)} tokens; with {new} new ones it exceeds the {role}'s "
-                f"context of {room}: {longest.question[:60]!r}..."
+                f"the longest prompt has {len(longest.prompt)} tokens; with {new} new ones it exceeds the {role}'s context "
+                f"of {room}: lower --max_new_tokens and --eval_max_new_tokens or leave out {longest.question[:60]!r}..."
             )
     pad_id = student.pad_token_id if student.pad_token_id is not None else end_ids[0]
     return Vocab(student, size, end_ids, pad_id)
@@ -293,19 +333,40 @@ def load_model(path, args, trainable):
     if model.device.type == "cpu" and model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much
     model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree
-    if bf16 and trainable:
+    model.autocasts = bf16 and trainable
+    if model.autocasts:
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return shard(model) if dist.is_initialized() else model
 
 
+def decoding_precision(model):
+    """One autocast region around many decode steps: inside it the bf16 copies of fp32 weights are made only once."""
+    enabled = getattr(model, "autocasts", False)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+
+
 def _load(auto_class, path, role, **options):
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        refuse(f"{role} {path!r} is a folder without config.json, not a checkpoint that save_pretrained wrote")
+    """auto_class.from_pretrained, which explains itself at length, fills in weights that are missing at random, and
+    makes an empty tokenizer where there is none: each of these is refused here, in one line."""
+    where = "is no folder here, and cannot be had from the hub by this name"
+    if os.path.isdir(path):
+        where, names = "is damaged or incomplete, so copy or download it again", " ".join(os.listdir(path))
+        parts = {"config.json": r"\bconfig\.json", "tokenizer": "tokenizer|vocab|spiece", "weights": r"\.safetensors|\.bin"}
+        missing = [part for part, pattern in parts.items() if not re.search(pattern, names)]
+        if missing:
+            refuse(f"the {role} {path!r} has no {missing[0]}: give a folder that save_pretrained wrote, model and tokenizer")
     try:
-        return auto_class.from_pretrained(path, **options)
+        if auto_class is not transformers.AutoModelForCausalLM:
+            return auto_class.from_pretrained(path, **options)
+        options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+        model, report = auto_class.from_pretrained(path, **options)
     except Exception as error:  # the hub, the file system, the format: transformers raises them all
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        refuse(f"cannot load the {role} {path!r} with {auto_class.__name__}: {reason}")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        refuse(f"the {role} {path!r} {where} ({auto_class.__name__}: {reason})")
+    wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    if wrong:
+        refuse(f"the weights in {path!r} do not fit its config.json: {len(wrong)} missing or of another shape, as {wrong[0]}")
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -374,12 +435,15 @@ class Progress:
 def _check_out_dir(args):
     """Refuse a directory that belongs to another run or cannot be written; end the program if this run is finished."""
     out = args.out_dir
+    if not out:
+        refuse("--out_dir is empty: name a directory")
+    parent = os.path.abspath(out)
+    while not os.path.exists(parent):  # nothing is made before all else is found right: look at what is there
+        parent = os.path.dirname(parent)
     try:
-        os.makedirs(out, exist_ok=True)
-        with open(os.path.join(out, f".write-test-{os.getpid()}"), "w") as file:
-            os.unlink(file.name)
+        tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        refuse(f"cannot write to --out_dir {out!r}: {error.strerror}")
+        refuse(f"cannot write to --out_dir {out!r}: {parent}: {error.strerror}; choose another directory")
     finished = os.path.isdir(os.path.join(out, "model"))
     path = os.path.join(out, "args.json")
     if not os.path.exists(path):
@@ -388,8 +452,8 @@ def _check_out_dir(args):
         return
     try:
         with open(path) as file:
-            before = json.load(file)
-    except ValueError:
+            before = dict(json.load(file))
+    except (OSError, ValueError, TypeError):
         refuse(f"{path} is damaged: choose another --out_dir, or remove {out!r} to start afresh")
     now = dataclasses.asdict(args)
     names = [name for name in {**before, **now} if name not in FREE_ARGS and before.get(name) != now.get(name)]

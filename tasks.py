@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -33,20 +33,24 @@ def load_problems(name, needs_answer=False):
     """
     problems = []
     for i, row in enumerate(_rows(name), 1):
-        question = next((row[key] for key in ("prompt", "problem", "question") if row.get(key) is not None), None)
+        column = next((key for key in ("prompt", "problem", "question") if row.get(key) is not None), None)
+        if column is None:
+            refuse(f"{name}, row {i}: needs a `prompt`, `problem` or `question`; its columns are: {', '.join(row)}")
+        question = row[column]
         if not isinstance(question, str) or not question.strip():
-            columns = ", ".join(row)
-            refuse(f"{name}, row {i}: needs a text `prompt`, `problem` or `question`; its columns are: {columns}")
+            refuse(f"{name}, row {i}: `{column}` must be a text, and is {json.dumps(question, default=str)[:60]}")
         answer = row.get("answer")
         if needs_answer and (answer is None or isinstance(answer, (dict, list)) or str(answer).strip() == ""):
-            refuse(f"{name}, row {i}: evaluation needs an `answer`; its columns are: {', '.join(row)}")
+            found = f"is {json.dumps(answer)[:60]}" if "answer" in row else f"its columns are: {', '.join(row)}"
+            refuse(f"{name}, row {i}: needs an `answer` to grade by, a text or a number; {found}")
         if answer is not None:
             answer = find_answer(str(answer)) or str(answer).strip()
         level = row.get("level")
         problems.append(Problem(question.strip(), answer, None if level is None else str(level)))
     if not problems:
         refuse(f"{name}: no rows in it")
-    latex = next((p.answer for p in problems if needs_answer and _number(p.answer) is None), None)
+    plain = [_plain(p.answer) for p in problems if needs_answer]
+    latex = next((answer for answer in plain if _number(answer) is None and _word(answer) is None), None)
     if latex is not None:
         _math_verify(f"{name} has the answer {latex!r}, which")
     return problems
@@ -54,32 +58,37 @@ def load_problems(name, needs_answer=False):
 
 def _rows(name):
     """The dataset's rows as dicts. `datasets` is imported only for what plain JSON cannot read: it takes seconds."""
+    if not name.strip():
+        refuse("--data or --eval_data has an empty name; give a file, or name[:config[:split]] on the hub")
+    if os.path.isdir(name):
+        refuse(f"{name!r} is a directory; give a data file in it: .jsonl, .json, .csv or .parquet")
     if name.endswith((".jsonl", ".json")) or os.path.exists(name):
         if not os.path.isfile(name):
             refuse(f"no data file {name!r} (looked in {os.getcwd()}); give a file, or name[:config[:split]] on the hub")
         if name.endswith((".jsonl", ".json")):
             return _json_rows(name)
-        kind = {"csv": "csv", "tsv": "csv", "parquet": "parquet"}.get(name.rsplit(".", 1)[-1])
-        if kind is None:
+        kind = name.rsplit(".", 1)[-1]
+        if kind not in ("csv", "parquet"):
             refuse(f"{name}: do not know this kind of file; give .jsonl, .json, .csv or .parquet")
-        source, options = kind, {"data_files": name, "split": "train"}
+        source, options, where = kind, {"data_files": name, "split": "train"}, f"as {kind}"
     else:
-        source, config, split = (name.split(":") + [None, None])[:3]
-        options = {"name": config or None, "split": split or "train"}
+        source, config, split = (name.split(":", 2) + [None, None])[:3]
+        options, where = {"name": config or None, "split": split or "train"}, "from the hub, and there is no such file here"
     try:
         from datasets import load_dataset
 
         return load_dataset(source, **options)
     except Exception as error:  # every kind of trouble comes from there: network, name, split, parsing
-        refuse(f"cannot load the dataset {name!r} ({type(error).__name__}: {error}); give a file or a hub name")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        refuse(f"cannot load {name!r} {where}; give a file, or name[:config[:split]] on the hub ({reason})")
 
 
 def _json_rows(name):
     try:
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        refuse(f"cannot read {name}: {error}")
+        refuse(f"cannot read {name} as text: {error}")
     if name.endswith(".json"):
         try:
             rows = json.loads(text)
@@ -107,16 +116,18 @@ def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
     `instruction` is appended to the question on a line of its own; `thinking` reaches templates that know it.
     """
     if not tokenizer.chat_template:
-        refuse(f"the tokenizer in {tokenizer.name_or_path!r} has no chat template, so there is no way to ask it")
+        refuse(
+            f"the tokenizer in {tokenizer.name_or_path!r} has no chat template, so there is no way to ask it: take the "
+            "chat version of this model, or put a chat_template.jinja next to its tokenizer"
+        )
     for p in problems:
         content = p.question + ("\n" + instruction if instruction else "")
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-        )
-        p.prompt = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+        try:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": content}], **options)
+            p.prompt = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # a template is a program, and a text may hold what cannot be encoded
+            refuse(f"{tokenizer.name_or_path!r}: its chat template fails on the question {content[:60]!r}: {error}")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -124,59 +135,108 @@ def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
 
 
 def grade(response, answer):
-    """Is the last marked answer in `response` (text) equal to the reference `answer`? -> bool.
+    """Is the last marked answer in `response` (text) equal to the reference `answer`? -> bool. Never raises.
 
-    Numbers are compared as numbers ("1,000" = "1000.0", "\\frac{1}{2}" = "0.5"); other answers by math-verify.
+    - Letters alone are compared as text, whatever their case: \\text{(C)} = C; ab is not ba.
+    - Where the reference is a number, the answer must be one too, written out: 1,000 = 1000.0 = \\$1{,}000, 3/2 = 1.5
+      = 1\\frac{1}{2}, and x = 5, 90^\\circ, 15 \\text{ cm}^2, 10\\% count as 5, 90, 15, 10 (50\\% as 1/2, too), but 2^3
+      not as 8. Six digits will do, 0.333333 = 1/3; no integer is another one. Units are not compared.
+    - All else (LaTeX: lists, tuples, intervals, matrices, expressions) is math-verify's to compare. To it a list has no
+      order, parentheses may be forgotten, and R is r.
     """
     found = find_answer(response)
-    if found is None:
+    if found is None or len(found) > 500:  # no reference is a page long, and parsers are slow
         return False
-    if _plain(found) == _plain(answer):
+    found, answer = _plain(found), _plain(answer)
+    if found == answer:
         return True
-    number, reference = _number(found), _number(answer)
+    word, reference = _word(answer), _number(answer)
+    if word is not None:
+        return (_word(found) or found) in (word, word.split("_")[0])  # 52 will do for 52_8, 52_7 will not
     if reference is not None:
-        return number is not None and math.isclose(number, reference, rel_tol=1e-9, abs_tol=1e-9)
-    parse, verify = _math_verify(f"the answer {answer!r}")
-    return bool(verify(parse(f"\\boxed{{{answer}}}"), parse(f"\\boxed{{{found}}}")))
+        number = _number(re.sub(r"^[A-Za-z](_\w|\(\w\))? ?= ?", "", found))
+        tolerance = min(1, abs(reference)) / 10**6
+        scales = (1, 100) if "%" in found and "%" not in answer else (1,)
+        return number is not None and any(abs(number / scale - reference) <= tolerance for scale in scales)
+    if _HUGE.search(found) or ("inf" in found and "inf" not in answer):  # sympy may take \infty 1 for anything
+        return False
+    parse, verify, box = _math_verify(f"the answer {answer!r}")
+    reference, found = (parse(f"\\boxed{{{text}}}", extraction_config=box) for text in (answer, found))
+    return bool(verify(reference, found, allow_set_relation_comp=True))
 
 
 def find_answer(text):
     """The last marked answer in a text, `\\boxed{...}` with nested braces or `#### ...` to the end of the line.
 
-    -> str, or None where nothing is marked. The last one counts: a model may correct itself.
+    -> str, or None where nothing is marked. The last one counts: a model may correct itself. A box that is never
+    closed was cut off, and is no answer.
     """
-    spans = [(m.end(), m.group(1)) for m in re.finditer(r"####[ \t]*([^\s#][^\n#]*)", text)]
-    for m in re.finditer(r"\\f?boxed\s*\{", text):
-        depth, end = 1, m.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
-            end += 1
-        if depth == 0:  # an unclosed box was cut off, and is no answer
-            spans.append((end, text[m.end() : end - 1]))
+    spans = [(m.start(), m.group(1)) for m in re.finditer(r"####[ \t]*([^\s#][^\n#]*)", text)]
+    opened = []  # the braces not closed yet: (where, where its content starts) of a box, None for others
+    for m in re.finditer(r"\\+f?box(?:ed)?\s*\{|\\.|[{}]", text):  # \\. skips escaped braces
+        if m.group() == "}":
+            box = opened.pop() if opened else None
+            if box:
+                spans.append((box[0], text[box[1] : m.start()]))
+        elif m.group().endswith("{") and m.group() != "\\{":
+            opened.append((m.start(), m.end()) if m.group() != "{" else None)
     return max(spans)[1].strip() or None if spans else None
 
 
+# What does not change an answer: (pattern, replacement), in this order.
+_LAYOUT = [
+    (r"−", "-"),
+    (r"\\(left|right|displaystyle)(?![A-Za-z]) ?", ""),
+    (r"(?<=\d)(\{,\}|,\\!|(?<!\\)\\[,!;: ])\s*(?=\d{3})", ","),  # thousands: 10{,}080, 10,\!080, 10\,080
+    (r"(?<!\\)\\[,!;: ]|~|\s+", " "),  # spaces; but \\ followed by one is the next row of a matrix
+    (r"\\?\$", ""),
+    (r"\\%", "%"),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\(mbox|textbf|textit|textrm|mathrm|mathbf)(?=\{)", r"\\text"),
+    (r"^[a-z] ?\\in ?", ""),
+    (r"[ .,;]+$", ""),
+    (r" ?(\^ ?\\circ|\^ ?\{ ?\\circ ?\}|°)$", ""),
+]
+# After a number, a unit: \text{...}, %, or words, of which short ones could be variables; but 5 thousand is not 5.
+_SCALE = r"(?! ?(hundred|thousand|[mb]illion|trillion|dozen))"
+_WORDS = rf" ?\\text\{{{_SCALE}[^{{}}]*\}}| {_SCALE}([A-Za-z]{{3,}}|[ckm]m|kg|ft|in|hr)\b"
+_UNIT = re.compile(rf"({_WORDS}| ?%)+( ?\^ ?\{{?[23]\}}?)?$")
+# Towers of powers and exponents of five digits: nothing that a question asks for, and gigabytes to evaluate.
+_HUGE = re.compile(r"(\^|\*\*)[ {(+-]*(\d{5}|[\d.]+ *(!|(\^|\*\*)[ {(+-]*\d))")
+
+
 def _plain(text):
-    """Without the marks around a number that mean nothing: spaces, $, thousands separators, a final full stop."""
-    text = text.strip().strip("$").strip().removesuffix(".")
-    text = re.sub(r"\\text\{\s*(.*?)\s*\}$", r"\1", text).replace("\\$", "").replace("\\!", "").replace("\\,", "")
-    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).strip().rstrip("%\\").strip("$ ")
+    """A short answer without layout: dollar signs, \\left and \\right, kinds of spaces and fonts, a final full stop."""
+    text = text.strip()
+    for pattern, new in _LAYOUT:
+        text = re.sub(pattern, new, text)
+    return text.strip()
+
+
+def _word(text):
+    """The text that an answer is, in lower case, or None: letters, \\text{of them}, or digits with a base, 52_8."""
+    m = re.fullmatch(r"(?:\\text\{)?[ (]*([A-Za-z][A-Za-z ]*?)[ ).]*\}?|(\d\w*_)\{?(\w+)\}?", text)
+    return "".join(part or "" for part in m.groups()).lower() if m else None
 
 
 def _number(text):
-    """The number that a short answer is, or None: integers, decimals, a/b and \\frac{a}{b}."""
-    text = re.sub(r"^(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3", _plain(text))
-    if re.fullmatch(r"[-+]?(\d+/\d+|\d+\.?\d*|\.\d+)", text.replace(" ", "")):
-        try:
-            return float(Fraction(text.replace(" ", "").replace("--", "")))
-        except (ZeroDivisionError, OverflowError):
-            return None
-    return None
+    """The number that an answer is, as a Fraction, or None: 12, -1,234.5, 3/4, \\frac{3}{4}, 1\\frac{3}{4}, 1 3/4."""
+    text = re.sub(r"^\\text\{([^{}]*)\}$|^\{([^{}]*)\}$|^\(([^(),]*)\)$", r"\1\2\3", text).strip()
+    text = _UNIT.sub("", re.sub(r"_\{?10\}?$", "", text))
+    text = re.sub(r"\\frac ?(?:\{([^{}]*)\}|(\d)) ?(?:\{([^{}]*)\}|(\d))", r" \1\2/\3\4 ", text).strip()
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", text):
+        text = text.replace(",", "")
+    m = re.fullmatch(r"([-+]?) *(?:(\d+) +(?=\d+ */))?(\d+\.?\d*|\.\d+)(?: */ *(\d+))?", text)
+    try:
+        return int(m[1] + "1") * (int(m[2] or 0) + Fraction(m[3]) / int(m[4] or 1)) if m else None
+    except (ZeroDivisionError, ValueError):  # ValueError: Python reads no number of more than 4,300 digits
+        return None
 
 
 def _math_verify(who):
     try:
-        from math_verify import parse, verify
+        from math_verify import LatexExtractionConfig, parse, verify
     except ImportError:
         refuse(f"{who} is LaTeX, graded by math-verify: pip install 'math-verify[antlr4_13_2]'")
-    return parse, verify
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it says when a comparison took longer than 5 s
+    return parse, verify, [LatexExtractionConfig(boxed_match_priority=0)]  # else it takes any number near the answer

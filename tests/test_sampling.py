@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import make_checkpoint
 
+import common
 from common import draw, make_rollouts, sample, sampling_logits, sequence_flops, uniforms
 from runs import Vocab
 
@@ -90,6 +91,16 @@ def test_rollouts_do_not_depend_on_the_company_they_are_sampled_in(model):
     assert sample(model, PROMPTS, keys_for(PROMPTS, step=2), vocab, 40).responses() != together
     longer = sample(model, PROMPTS, keys, vocab, 64).responses()
     assert [r[:40] for r in longer] == together, "a longer cap continues the same responses"
+
+
+def test_a_cache_of_fixed_size_gives_the_same_rollouts(model, monkeypatch):
+    """What a GPU records as a graph, step by step on a CPU: the same tokens, ends and entropies as a growing cache."""
+    vocab, keys = vocab_of(model, [3, 4, 5, 17, 30, 31, 32, 60, 61, 99]), keys_for(PROMPTS)
+    expected = sample(model, PROMPTS, keys, vocab, 40, entropies=True)
+    monkeypatch.setattr(common, "_GrowingCache", common._FixedCache)
+    found = sample(model, PROMPTS, keys, vocab, 40, entropies=True)
+    assert found.responses() == expected.responses() and found.ended.tolist() == expected.ended.tolist()
+    torch.testing.assert_close(found.entropy[found.mask], expected.entropy[expected.mask], rtol=1e-4, atol=1e-4)
 
 
 def test_rollouts_stop_at_every_end_token_and_the_end_token_counts(model):

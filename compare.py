@@ -1,0 +1,323 @@
+"""Compare runs: the paper's findings on the embedded world, over seeds, in tables and figures; or any runs you have.
+
+    python compare.py                       all runs of the findings, 5 seeds, 2 at a time; then tables and figures
+    python compare.py --quick               one seed and a fifth of the time: the shape of it all
+    python compare.py runs/opd runs/sft_offpolicy        draw these output directories together, run nothing
+
+Every run is an ordinary run of an ordinary script, in --out_dir/NAME/seed-N. Finished runs are never repeated, and an
+interrupted comparison continues where it was. What is written to --out_dir: table.md and runs.csv (means over seeds,
+± half the width of the 95 % t-interval), and figures as PNG.
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import importlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from runs import parse
+from tasks import refuse
+
+# Okabe and Ito's colours: told apart by the colour-blind too; every series has a marker of its own besides.
+BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #000000".split()
+
+
+@dataclass
+class Args:
+    dirs: list[str] = field(default_factory=list)  # output directories to draw together, instead of the findings
+    out_dir: str = "runs/compare"  # where runs, tables and figures go
+    seeds: int = 5  # runs of each kind, seeds 0, 1, ...
+    workers: int = 2  # runs at the same time, one thread each
+    quick: bool = False  # one seed, short runs
+    steps: int = 200  # updates of every distillation run
+    length: int = 48  # the long training length, tokens
+    rl_steps: int = 60  # updates of the RL that follows
+
+
+def plan(args):
+    """All runs that the findings need: {name: (script, arguments)}. Findings share runs wherever they can."""
+    steps = args.steps
+    base = dict(steps=steps, eval_every=max(1, steps // 4), max_new_tokens=args.length, save_every=steps)
+    runs = {
+        "sft_offpolicy": ("sft_offpolicy", base),
+        "offline_rl_distill": ("offline_rl_distill", base),
+        "dagger_onpolicy": ("dagger_onpolicy", base),
+        "opd": ("opd", base),
+    }
+    for length in lengths(args)[:-1]:
+        for script in ("dagger_onpolicy", "opd"):
+            runs[f"{script}-length-{length}"] = (script, base | dict(max_new_tokens=length))
+    for lam in LAMBDAS:
+        runs[f"kl_mix-{lam}"] = ("kl_mix", base | dict(lam=lam))
+    ladder = ",".join(map(str, lengths(args)))
+    runs["curriculum"] = ("curriculum", base | dict(lengths=ladder, on_closed="continue"))
+    rl = dict(steps=args.rl_steps, eval_every=max(1, args.rl_steps // 4), max_new_tokens=args.length, save_every=10**6)
+    for start in ("dagger_onpolicy", "opd"):
+        runs[f"grpo-after-{start}"] = ("grpo", rl | dict(student=start))
+    return runs
+
+
+LAMBDAS = (0.25, 0.5, 0.75)
+
+
+def lengths(args):
+    """The ladder of training lengths, each twice the one before: L/8, L/4, L/2, L."""
+    return [args.length // 8, args.length // 4, args.length // 2, args.length]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def run_one(script, arguments, out_dir):
+    """Run a script as its command line would, in this process; a finished run is left alone. -> error or None"""
+    if os.path.isdir(os.path.join(out_dir, "model")):
+        return None
+    module = importlib.import_module(script)
+    argv = [word for name, value in {**arguments, "out_dir": out_dir}.items() for word in (f"--{name}", str(value))]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            module.main(parse(module.Args, argv))
+        except SystemExit as end:
+            return None if end.code in (0, None) else f"{out_dir}: {end.code}"
+    return None
+
+
+def run_all(args):
+    """All runs of the plan over all seeds, --workers at a time. A run that starts from another waits for it."""
+    runs = plan(args)
+    where = lambda name, seed: os.path.join(args.out_dir, name, f"seed-{seed}")  # noqa: E731
+    jobs = [(name, seed) for seed in range(args.seeds) for name in runs]
+    # spawn: a fresh interpreter for every worker, as torch's threads do not survive a fork
+    pool = concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
+    futures, bar = {}, tqdm(total=len(jobs), desc="runs")
+    try:
+        waiting = list(jobs)
+        while waiting or futures:
+            for name, seed in list(waiting):
+                script, arguments = runs[name]
+                start = arguments.get("student")
+                if start and not os.path.isdir(os.path.join(where(start, seed), "model")):
+                    continue
+                waiting.remove((name, seed))
+                arguments = arguments | {"seed": seed} | ({"student": where(start, seed) + "/model"} if start else {})
+                futures[pool.submit(run_one, script, arguments, where(name, seed))] = name
+            done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                bar.set_postfix_str(futures.pop(future))
+                bar.update()
+                if future.result():
+                    refuse(future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    return {name: [where(name, seed) for seed in range(args.seeds)] for name in runs}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(out_dir):
+    """log.jsonl of a run -> its evaluations, each with what the step's line says."""
+    try:
+        with open(os.path.join(out_dir, "log.jsonl")) as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        refuse(f"cannot read the log of {out_dir!r}: {error}")
+    rows = [{"flops": 0.0, **row} for row in rows if "avg_at_k" in row]
+    if not rows:
+        refuse(f"{out_dir!r} has no evaluation in its log yet")
+    return rows
+
+
+def mean_ci(values):
+    """-> (mean, half the width of the 95 % t-interval; NaN for a single value)."""
+    t = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # two-sided 95 %, by degrees of freedom
+    n, values = len(values), np.asarray(values, float)
+    if n == 1:
+        return values.mean(), math.nan
+    return values.mean(), (t[n - 1] if n <= len(t) else 1.96) * values.std(ddof=1) / math.sqrt(n)
+
+
+METRICS = {
+    "avg_at_k": "Avg@8", "pass_at_k": "Pass@8", "eval_entropy": "entropy (nats)", "eval_len": "length (tokens)",
+    "eval_clip_ratio": "cut at the cap", "flops": "model FLOPs",
+}  # fmt: skip
+
+
+def write_tables(groups, out_dir):
+    """runs.csv: the last evaluation of every run. table.md: means and intervals over the runs of a group."""
+    last = {name: [read(path)[-1] for path in paths] for name, paths in groups.items()}
+    with open(os.path.join(out_dir, "runs.csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "directory", "step", *METRICS])
+        for name, paths in groups.items():
+            for path, row in zip(paths, last[name]):
+                writer.writerow([name, path, row["step"], *(f"{row.get(key, math.nan):.6g}" for key in METRICS)])
+    lines = ["| run | n | " + " | ".join(METRICS.values()) + " |", "|---|---|" + "---|" * len(METRICS)]
+    for name, rows in last.items():
+        cells = []
+        for key in METRICS:
+            mean, ci = mean_ci([row.get(key, math.nan) for row in rows])
+            number = (lambda x: f"{x:.2e}") if key == "flops" else (lambda x: f"{x:.1f}" if key == "eval_len" else f"{x:.3f}")
+            cells.append(number(mean) if math.isnan(ci) else f"{number(mean)} ± {number(ci)}")
+        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
+    with open(os.path.join(out_dir, "table.md"), "w") as file:
+        file.write("\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Drawing
+
+STYLE = {
+    "sft_offpolicy": (SKY, "s", "teacher prefixes, forward KL (SFT)"),
+    "offline_rl_distill": (ORANGE, "D", "teacher prefixes, reverse KL (offline RL)"),
+    "dagger_onpolicy": (BLUE, "o", "student prefixes, forward KL (DAgger)"),
+    "opd": (RED, "^", "student prefixes, reverse KL (OPD)"),
+    "curriculum": (GREEN, "P", "entropy-gated curriculum, reverse KL"),
+    "grpo-after-dagger_onpolicy": (BLUE, "o", "GRPO from forward KL (DAgger)"),
+    "grpo-after-opd": (RED, "^", "GRPO from reverse KL (OPD)"),
+}
+
+
+def figure(columns, title):
+    """A row of panels, in letters that can be read from the last row of a lecture hall."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2.5})
+    fig, axes = plt.subplots(1, columns, figsize=(6 * columns, 5), layout="constrained", squeeze=False)
+    fig.suptitle(title)
+    return fig, axes[0]
+
+
+def save(fig, out_dir, name):
+    from matplotlib import pyplot as plt
+
+    fig.savefig(os.path.join(out_dir, name), dpi=80)
+    plt.close(fig)
+
+
+def curve(axis, paths, x, y, style):
+    """Mean of y over runs at every evaluation, with its 95 % interval as a band."""
+    color, marker, label = style
+    tables = [read(path) for path in paths]
+    points = [[row.get(y, math.nan) for row in rows] for rows in zip(*tables)]
+    xs = [np.mean([row[x] for row in rows]) for rows in zip(*tables)]
+    mean, ci = np.array([mean_ci(values) for values in points]).T
+    axis.plot(xs, mean, color=color, marker=marker, label=label, markersize=7)
+    axis.fill_between(xs, mean - np.nan_to_num(ci), mean + np.nan_to_num(ci), color=color, alpha=0.15, linewidth=0)
+
+
+def by_parameter(axis, groups, named, y, style):
+    """Final mean of y, with intervals, against a parameter: named is {value: name of the group}."""
+    color, marker, label = style
+    stats = [mean_ci([read(path)[-1].get(y, math.nan) for path in groups[name]]) for name in named.values()]
+    mean, ci = np.array(stats).T
+    axis.errorbar(list(named), mean, np.nan_to_num(ci), color=color, marker=marker, label=label, capsize=4, markersize=7)
+
+
+def draw_findings(groups, args):
+    """One figure for each axis of the paper; every title says what to look for."""
+    out, grid = args.out_dir, ["sft_offpolicy", "offline_rl_distill", "dagger_onpolicy", "opd"]
+
+    fig, (left, right) = figure(2, "KL direction: accuracy against entropy, after the same number of steps")
+    for axis, y in ((left, "avg_at_k"), (right, "pass_at_k")):
+        for name in grid:
+            color, marker, label = STYLE[name]
+            rows = [read(path)[-1] for path in groups[name]]
+            x, dx = mean_ci([row["eval_entropy"] for row in rows])
+            v, dv = mean_ci([row[y] for row in rows])
+            axis.errorbar(x, v, np.nan_to_num(dv), np.nan_to_num(dx), color=color, marker=marker, label=label, capsize=4, markersize=10)
+        axis.set(xlabel="entropy (nats per token)", ylabel=METRICS[y])
+    right.legend(frameon=False, fontsize=11)
+    save(fig, out, "direction.png")
+
+    fig, axes = figure(3, "Prefix source: quality against steps, and against compute")
+    for axis, x, y in zip(axes, ("step", "flops", "flops"), ("avg_at_k", "avg_at_k", "pass_at_k")):
+        for name in grid:
+            curve(axis, groups[name], x, y, STYLE[name])
+        axis.set(xlabel={"step": "step", "flops": "model FLOPs, sampling and teacher included"}[x], ylabel=METRICS[y])
+    axes[0].legend(frameon=False, fontsize=11)
+    save(fig, out, "prefixes.png")
+
+    fig, axes = figure(4, "Training length: what longer rollouts buy, and what they cost")
+    for axis, y in zip(axes, ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")):
+        for script in ("dagger_onpolicy", "opd"):
+            named = {n: f"{script}-length-{n}" for n in lengths(args)[:-1]} | {args.length: script}
+            by_parameter(axis, groups, named, y, STYLE[script])
+        axis.set(xlabel="training length (tokens)", ylabel=METRICS[y], xscale="log", xticks=lengths(args))
+        axis.set_xticklabels(lengths(args))
+        axis.minorticks_off()
+    axes[0].legend(frameon=False, fontsize=11)
+    save(fig, out, "length.png")
+
+    fig, axes = figure(4, "KL mixing on student prefixes: from forward (λ = 0) to reverse (λ = 1)")
+    named = {0.0: "dagger_onpolicy"} | {lam: f"kl_mix-{lam}" for lam in LAMBDAS} | {1.0: "opd"}
+    for axis, y in zip(axes, ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")):
+        by_parameter(axis, groups, named, y, (PINK, "o", "λ·reverse + (1−λ)·forward"))
+        axis.set(xlabel="λ", ylabel=METRICS[y], xticks=list(named))
+    save(fig, out, "mixing.png")
+
+    fig, axes = figure(4, "Entropy-gated curriculum against fixed lengths, reverse KL")
+    for axis, x, y in zip(axes, ("step", "flops", "step", "step"), ("avg_at_k", "avg_at_k", "eval_entropy", "eval_len")):
+        for name in ("opd", "curriculum"):
+            curve(axis, groups[name], x, y, STYLE[name])
+        axis.set(xlabel={"step": "step", "flops": "model FLOPs"}[x], ylabel=METRICS[y])
+    axes[0].legend(frameon=False, fontsize=11)
+    save(fig, out, "curriculum.png")
+
+    fig, axes = figure(3, "The RL that follows: GRPO from a forward-KL and from a reverse-KL start")
+    for axis, y in zip(axes, ("avg_at_k", "pass_at_k", "eval_entropy")):
+        for name in ("grpo-after-dagger_onpolicy", "grpo-after-opd"):
+            curve(axis, groups[name], "step", y, STYLE[name])
+        axis.set(xlabel="GRPO step", ylabel=METRICS[y])
+    axes[0].legend(frameon=False, fontsize=11)
+    save(fig, out, "rl.png")
+
+
+def draw_together(groups, out_dir):
+    """Any runs in one figure: accuracy, entropy and length against steps."""
+    colors = [BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK]
+    fig, axes = figure(4, "runs, together")
+    for i, (name, paths) in enumerate(groups.items()):
+        style = (colors[i % len(colors)], "o^sDPvX*"[i % 8], name)
+        for axis, y in zip(axes, ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")):
+            curve(axis, paths, "step", y, style)
+            axis.set(xlabel="step", ylabel=METRICS[y])
+    axes[0].legend(frameon=False, fontsize=11)
+    save(fig, out_dir, "together.png")
+
+
+def main(args: Args):
+    if args.quick:
+        args.seeds, args.steps, args.rl_steps, args.out_dir = 1, args.steps // 4, args.rl_steps // 4, args.out_dir + "-quick"
+    os.makedirs(args.out_dir, exist_ok=True)
+    if args.dirs:
+        groups = {path: [path] for path in args.dirs}
+        draw_together(groups, args.out_dir)
+    else:
+        groups = run_all(args)
+        draw_findings(groups, args)
+    print(write_tables(groups, args.out_dir))
+    print(f"\ntable.md, runs.csv and figures are in {args.out_dir}")
+
+
+if __name__ == "__main__":
+    argv, dirs = sys.argv[1:], []
+    while argv and not argv[0].startswith("-"):
+        dirs.append(argv.pop(0))
+    main(parse(Args, argv + (["--dirs", *dirs] if dirs else [])))

@@ -1,0 +1,110 @@
+"""evaluate.py and compare.py: the numbers of a run again, from outside, and what is drawn from them."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import read_log
+from test_scripts import run
+
+import compare
+import evaluate
+from common import summarize
+from runs import parse
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """Two finished runs of different seeds."""
+    root = tmp_path_factory.mktemp("finished")
+    for seed in (0, 1):
+        run("opd", **world, seed=seed, eval_every=1, out_dir=root / f"seed-{seed}")
+    return root
+
+
+def test_evaluate_gives_the_numbers_of_the_training_log(world, finished, tmp_path, capsys):
+    argv = f"--model {finished}/seed-0/model --eval_data {world['eval_data']} --eval_k 2 --eval_max_new_tokens 6"
+    argv += f" --eval_batch_size 2 --out_file {tmp_path}/all.jsonl"
+    evaluate.main(parse(evaluate.Args, argv.split()))
+    expected = read_log(finished / "seed-0")[-1]
+    line = capsys.readouterr().out.splitlines()[2]
+    numbers = [float(x) for x in re.findall(r"(?<![\w/.-])\d+\.\d+|(?<=\| )\d+(?= \|)", line.split("|", 2)[2])]
+    problems, avg, _, passed, _, length, cut, entropy = numbers
+    assert (problems, avg, passed) == (3, round(expected["avg_at_k"], 3), round(expected["pass_at_k"], 3))
+    assert (length, entropy) == (round(expected["eval_len"], 1), round(expected["eval_entropy"], 3))
+    rows = [json.loads(line) for line in Path(tmp_path, "all.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and {"prompt", "response", "answer", "correct", "length", "ended"} <= set(rows[0])
+
+
+def test_metrics_worked_out_by_hand():
+    """Two problems, four samples: 1 of 4 and 4 of 4 right. Avg@2 = .625; Pass@2 = (1 − C(3,2)/C(4,2) + 1)/2 = .75."""
+    records = [
+        dict(problem=p, sample=j, correct=right, length=10 + j, ended=j > 0, nats=(10 + j) * 0.5)
+        for p, rights in ((0, [1, 0, 0, 0]), (1, [1, 1, 1, 1]))
+        for j, right in enumerate(rights)
+    ]
+    m = summarize(records, [0, 1], k=2)
+    assert m["avg_at_k"] == 0.625 and m["pass_at_k"] == 0.75 and m["eval_len"] == 11.5
+    assert m["eval_clip_ratio"] == 0.25 and m["eval_entropy"] == 0.5
+    assert m["avg_at_k_ci"] == pytest.approx(1.96 * (0.75 / 2**0.5) / 2**0.5)
+    assert summarize(records, [1], k=2)["avg_at_k"] == 1.0, "a subset of the problems, as for a difficulty level"
+
+
+def test_compare_draws_any_runs_together(finished, tmp_path, capsys):
+    argv = ["--dirs", str(finished / "seed-0"), str(finished / "seed-1"), "--out_dir", str(tmp_path)]
+    compare.main(parse(compare.Args, argv))
+    assert (tmp_path / "together.png").stat().st_size > 5000
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    for seed, row in enumerate(rows):
+        assert float(row["eval_entropy"]) == pytest.approx(read_log(finished / f"seed-{seed}")[-1]["eval_entropy"], rel=1e-5)
+
+
+def test_intervals_over_seeds_are_t_intervals():
+    mean, ci = compare.mean_ci([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0 and ci == pytest.approx(2.776 * 2.5**0.5 / 5**0.5, rel=2e-3)
+
+
+def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch):
+    """The whole of it in miniature: plan, runs over seeds, tables and figures; the second time nothing runs."""
+    real = compare.plan
+    small = {k: world[k] for k in ("teacher", "data", "eval_data", "micro_batch_size", "eval_max_new_tokens", "eval_k")}
+
+    def plan(args):
+        runs = real(args)
+        for name, (script, arguments) in runs.items():
+            arguments = {"student": world["student"], "batch_size": 2, **small, **arguments}
+            if script == "grpo":
+                del arguments["teacher"]
+            if script == "curriculum":
+                arguments |= dict(held_out=2)
+            runs[name] = (script, arguments)
+        return runs
+
+    monkeypatch.setattr(compare, "plan", plan)
+    monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", InProcess)
+    args = parse(compare.Args, f"--out_dir {tmp_path} --seeds 2 --steps 4 --rl_steps 2 --length 8".split())
+    compare.main(args)
+    figures = {"direction.png", "prefixes.png", "length.png", "mixing.png", "curriculum.png", "rl.png"}
+    assert figures <= {p.name for p in tmp_path.iterdir()}
+    table = (tmp_path / "table.md").read_text()
+    assert len(table.splitlines()) == 2 + len(real(args)) and " ± " in table
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/log.jsonl")}
+    compare.main(args)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/log.jsonl")} and len(before) == 2 * len(real(args))
+
+
+class InProcess:
+    """A pool that runs jobs where it stands: a spawned worker would import torch anew for seconds."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def submit(self, function, *args):
+        future = compare.concurrent.futures.Future()
+        future.set_result(function(*args))
+        return future
+
+    def shutdown(self, **kwargs):
+        pass
