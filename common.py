@@ -1,6 +1,7 @@
-"""What every script of this repository shares, in this order: KL math, sampling, evaluation.
+"""What every script of this repository shares: KL math, sampling, and Pass@k.
 
-(Arguments, model files, processes and output directories are in runs.py; datasets, prompts and grading in tasks.py.)
+(Evaluation stands in evaluate.py; arguments, model files, processes and output directories in runs.py; data sets,
+prompts and grading in tasks.py.)
 Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes
 (`sample(student, ...)` or `stored_rollouts(teacher, ...)`) and which divergence (`forward_kl` or `reverse_kl`).
 
@@ -20,10 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
 
-from runs import RolloutStore, decoding_precision, gather, is_main, log_samples, rank_and_world, total, whole_weights
-from tasks import grade, refuse
+from runs import RolloutStore, decoding_precision, gather, total, whole_weights
+from tasks import refuse
 
 # ----------------------------------------------------------------------------------------------------------------
 # KL math
@@ -518,104 +518,3 @@ def pass_at_k(n, c, k):
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def evaluate(
-    model, problems, vocab, k=8, n=0, temperature=1.0, max_new_tokens=1024, batch_size=256, seed=0, top_p=1.0, top_k=0
-):
-    """Sample n >= k responses to every problem (n = 0: k of them) and grade them. -> (metrics, records)
-
-    metrics: see summarize. records: one dict per response, in the order of problems and samples. Random numbers are
-    keyed by (seed, problem, sample), so two evaluations differ only by the model, and processes share the problems.
-    """
-    n = n or k
-    rank, world = rank_and_world()
-    mine = [(i, j) for i in range(rank, len(problems), world) for j in range(n)]
-    mine.sort(key=lambda pair: len(problems[pair[0]].prompt))  # prompts of a length share a batch: less padding
-    records = []
-    steps = math.ceil(math.ceil(len(problems) / world) * n / batch_size)  # the same on every process
-    for b in tqdm(range(steps), desc="evaluate", leave=False, disable=not is_main()):
-        pairs = mine[b * batch_size : (b + 1) * batch_size] or [(0, 0)]  # out of work: keep the others company
-        prompts, keys = [problems[i].prompt for i, _ in pairs], [(seed, i, j) for i, j in pairs]
-        rollouts = sample(
-            model, prompts, keys, vocab, max_new_tokens, temperature, top_p, top_k, stream="evaluate", entropies=True
-        )
-        entropies = (rollouts.entropy * rollouts.mask).sum(1).tolist()
-        for (i, j), ids, ended, nats in zip(pairs, rollouts.responses(), rollouts.ended.tolist(), entropies):
-            if b * batch_size < len(mine):
-                text = vocab.tokenizer.decode(ids, skip_special_tokens=True)
-                result = dict(response=text, correct=grade(text, problems[i].answer), length=len(ids))
-                records.append(dict(problem=i, sample=j, **result, ended=ended, nats=nats))
-    records = sorted(gather(records), key=lambda r: (r["problem"], r["sample"]))
-    return summarize(records, range(len(problems)), k), records
-
-
-def summarize(records, problems, k):
-    """What evaluate's records say about some of the problems (their numbers).
-
-    -> avg_at_k (mean accuracy), pass_at_k (unbiased), avg_at_k_ci and pass_at_k_ci (half the width of the normal 95 %
-    interval over problems), eval_len (mean response length, tokens), eval_clip_ratio (fraction cut at the cap),
-    eval_entropy (mean predictive entropy at T = 1 per token of these rollouts, nats), problems (how many).
-    """
-    by_problem = {i: [] for i in problems}
-    for record in records:
-        by_problem.get(record["problem"], []).append(record)
-    flat = [r for group in by_problem.values() for r in group]
-    avg = [np.mean([r["correct"] for r in group]) for group in by_problem.values()]
-    passed = [pass_at_k(len(group), sum(r["correct"] for r in group), k) for group in by_problem.values()]
-    tokens = sum(r["length"] for r in flat)
-
-    def half_width(values):
-        return float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.5
-
-    return {
-        "avg_at_k": float(np.mean(avg)),
-        "pass_at_k": float(np.mean(passed)),
-        "avg_at_k_ci": half_width(avg),
-        "pass_at_k_ci": half_width(passed),
-        "eval_len": tokens / len(flat),
-        "eval_clip_ratio": float(np.mean([not r["ended"] for r in flat])),
-        "eval_entropy": sum(r["nats"] for r in flat) / tokens,
-        "problems": len(by_problem),
-    }
-
-
-def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):
-    """Mean predictive entropy (T = 1, nats per token) of the model's own rollouts of at most max_new_tokens on prompts.
-
-    -> (entropy, model FLOPs of measuring it). The same random numbers every time: two measurements differ by the model.
-    """
-    rank, world = rank_and_world()
-    mine, nats, tokens, flops = range(rank, len(prompts), world), 0.0, 0, 0.0
-    for b in range(math.ceil(math.ceil(len(prompts) / world) / batch_size)):
-        rows = mine[b * batch_size : (b + 1) * batch_size]
-        keys = [(0, 0, i) for i in rows or [0]]  # a process out of rows keeps the others company
-        rollouts = sample(model, [prompts[i] for i in rows or [0]], keys, vocab, max_new_tokens, stream="gate", entropies=True)
-        if rows:
-            nats += (rollouts.entropy * rollouts.mask).sum().item()
-            tokens, flops = tokens + rollouts.mask.sum().item(), flops + rollouts.flops
-    return total(nats) / total(tokens), total(flops)
-
-
-def evaluate_all(model, evals, vocab, args, step):
-    """evaluate() on every set of evals, {name: [Problem]}; prints a readable line for each. -> metrics for the log.
-
-    With several sets the plain keys hold the mean over sets, and `key/name` the set's own value.
-    """
-    results = {}
-    for name, problems in evals.items():
-        results[name], records = evaluate(
-            model, problems, vocab, args.eval_k, args.eval_n, args.eval_temperature, args.eval_max_new_tokens,
-            args.eval_batch_size, args.seed,
-        )  # fmt: skip
-        log_samples(args, step, name, problems, records)
-        if is_main():
-            m, k = results[name], args.eval_k
-            tqdm.write(
-                f"step {step:4d}  {name}: Avg@{k} {m['avg_at_k']:.3f}  Pass@{k} {m['pass_at_k']:.3f}  "
-                f"entropy {m['eval_entropy']:.3f} nats  length {m['eval_len']:.1f}  cut {m['eval_clip_ratio']:.1%}"
-            )
-    if len(results) == 1:
-        return next(iter(results.values()))
-    mean = {key: float(np.mean([m[key] for m in results.values()])) for key in next(iter(results.values()))}
-    return mean | {f"{key}/{name}": value for name, metrics in results.items() for key, value in metrics.items()}

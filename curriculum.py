@@ -35,8 +35,8 @@ from pathlib import Path
 
 import torch
 
-from common import evaluate_all, forward_kl, mean_entropy, mixed_kl, reverse_kl, sample, sequence_flops, stored_rollouts
-from common import uniforms, weighted_kl
+from common import forward_kl, mixed_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl
+from evaluate import evaluate_all, mean_entropy
 from runs import CtrlC, Prompts, finish, load_model, load_state, log, parse, rank_and_world, resume, save_state, start
 from runs import steps, total, whole
 from tasks import refuse

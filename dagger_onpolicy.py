@@ -35,7 +35,8 @@ from pathlib import Path
 
 import torch
 
-from common import evaluate_all, forward_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl
+from common import forward_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl
+from evaluate import evaluate_all
 from runs import CtrlC, finish, load_model, log, parse, rank_and_world, resume, save_state, start, steps, total, whole
 from tasks import refuse
 

@@ -30,7 +30,8 @@ from pathlib import Path
 
 import torch
 
-from common import evaluate_all, sample, sequence_flops, token_log_probs, weighted_loss
+from common import sample, sequence_flops, token_log_probs, weighted_loss
+from evaluate import evaluate_all
 from runs import CtrlC, finish, load_model, log, parse, rank_and_world, resume, save_state, start, steps, total, whole
 from tasks import grade, refuse
 

@@ -53,8 +53,8 @@ def test_the_mixture_is_linear_between_dagger_and_opd(estimator, world, tmp_path
 def test_the_mixture_adds_one_field_and_changes_the_marked_line():
     assert code_diff("opd", "kl_mix") == [
         "+from functools import partial",
-        "-from common import evaluate_all, forward_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl",
-        "+from common import evaluate_all, mixed_kl, sample, sequence_flops, uniforms, weighted_kl",
+        "-from common import forward_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl",
+        "+from common import mixed_kl, sample, sequence_flops, uniforms, weighted_kl",
         "+lam: float = 0.5",
         "-micro_loss, micro_entropy = weighted_kl(reverse_kl, student, teacher, micro, weights, vocab, u)",
         "+micro_loss, micro_entropy = weighted_kl(partial(mixed_kl, lam=args.lam), student, teacher, micro, weights, vocab, u)",

@@ -11,7 +11,7 @@ from test_scripts import run
 
 import compare
 import evaluate
-from common import summarize
+from evaluate import summarize
 from runs import parse
 
 

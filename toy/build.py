@@ -1,13 +1,13 @@
 """Build the embedded default: two tiny chat models, a training set and an evaluation set.
 
-    python toy/build.py --out toy         # from nothing, about MINUTES minutes on one CPU core
+    python toy/build.py --out toy         # from nothing, 4 minutes on one idle CPU core, seed 0
 
 This is data, not a method: the scripts read what stands in this folder as they would read
 Qwen3 checkpoints and GSM8K. Nobody needs to run this file; it is here so that nothing is hidden.
 
-THE WORLD. A problem is a sum of 3 to 6 digits modulo 10. A solution is a line of equations: in
-each step one adjacent pair, any one, is added up. Nobody believes a single line, so the solver
-writes another one, with other choices, and answers when a line agrees with an earlier one:
+THE WORLD. A problem is a sum of 3 to 5 digits modulo 10. A solution is a line of equations: in
+each step one adjacent pair, any one, is added up. One line proves little, so the solver writes
+another one, with its own choices, and answers as soon as a line agrees with an earlier one:
 
     user        3+8+5+7
     assistant   =1+5+7=1+2=3
@@ -16,21 +16,23 @@ writes another one, with other choices, and answers when a line agrees with an e
 
 What each part is for:
 
-  * Any pair may be added first, so there are many right solutions (a 6-digit problem has 120 ways
-    to write one line). The teacher is uncertain and right at the same time, and there is something
-    for the two KL directions to disagree about: cover all the ways, or settle on a few.
-  * Lines of 3 to 15 tokens, two of them or more: a short training length sees only beginnings.
-  * RECOVERY. A teacher that is almost always right almost always writes two lines that agree. So
-    its own text, the teacher prefixes, shows "write two lines, then answer", and even that the
-    second result may be copied from the first. What it would do after two lines that do NOT agree
-    (write a third) shows only in a student's text. It knows, because it was trained on lines with
-    wrong digits put in; these digits are masked from the loss, so it learned what to do after a
-    mistake but not to make one.
-  * ENDING. The teacher ends with <|im_end|>, as a chat model does, and now and then says the answer
-    once more before. The student is a base model: after its answer it stops with <|endoftext|> half
-    of the time, and otherwise runs straight on into another problem. It never says <|im_end|>.
-  * The student knows the format and little else: it has learned from sloppy text (wrong digits, any
-    number of lines whether they agree or not), not for long, and it is smaller than the teacher.
+  * MANY WAYS. Any pair may be added first, so a problem with 5 numbers has 24 ways to write a line.
+    The teacher is uncertain and right at the same time, and the two KL directions have something to
+    disagree about: cover all the ways, or settle on a few.
+  * LENGTH. A line has 3 to 10 tokens, and there are two or more: a short training length sees only
+    the beginning.
+  * RECOVERY. A teacher that is almost always right almost always writes two lines that agree. So in
+    its own text, the teacher prefixes, "answer when two lines agree" looks like "answer after two
+    lines". Only a student's text shows the difference: there, lines often disagree, and the teacher
+    asks for a third. It knows what to do after mistakes because it was trained on lines with wrong
+    digits put in; these digits are masked from the loss, so it did not learn to make them.
+  * ENDING. The teacher ends with <|im_end|>, as a chat model does. Now and then it says its answer
+    once more before that, and whoever repeats himself tends to go on: the more often the answer
+    stands there already, the more likely the teacher is to say it again, as language models do.
+    The student is a base model: after its answer it stops with <|endoftext|>, or runs straight on
+    into another problem. It hardly ever says <|im_end|>, and the teacher never says <|endoftext|>.
+  * SMALL AND SLOPPY. The student is smaller than the teacher, and has learned, not for long, from
+    text with many wrong digits and two or more lines whether they agree or not.
 """
 
 import argparse
@@ -46,13 +48,14 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # --- vocabulary -----------------------------------------------------------------------------------
-# As in a byte-pair vocabulary, frequent neighbours are one token: "+5" and "=5" next to "5".
+# As in a byte-pair vocabulary, frequent neighbours are one token: "5", "+5", "=5", and "=5\n", which
+# is the result of a line: that lines agree shows in two equal tokens.
 
 END_OF_TEXT, TURN_START, TURN_END, ANSWER = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "####"
 SPECIAL = [END_OF_TEXT, TURN_START, TURN_END, "<|unk|>"]
-WORDS = ["user", "assistant", "\n", ANSWER] + [op + str(d) for op in ("", "+", "=") for d in range(10)]
+WORDS = ["user", "assistant", "\n", ANSWER] + [f % d for f in ("%d", "+%d", "=%d", "=%d\n") for d in range(10)]
 ID = {token: i for i, token in enumerate(SPECIAL + WORDS)}
-DIGIT, PLUS, EQUALS = ID["0"], ID["+0"], ID["=0"]     # the id of digit d after "+" is PLUS + d
+DIGIT, PLUS, EQUALS, RESULT = ID["0"], ID["+0"], ID["=0"], ID["=0\n"]     # "+5" is PLUS + 5
 
 CHAT_TEMPLATE = (       # ChatML, as in Qwen
     "{% for message in messages %}"
@@ -64,33 +67,36 @@ CHAT_TEMPLATE = (       # ChatML, as in Qwen
 # --- settings: tuned once, see the README for what they lead to -------------------------------------
 
 TRAIN_ROWS, EVAL_ROWS = 4096, 128
-LEVELS = (3, 4, 5, 6)           # numbers in a sum
+LEVELS = (3, 4, 5)              # numbers in a sum
+CONTEXT = 256                   # tokens
 MAX_LINES = 5                   # the teacher gives up looking for agreement after this many
 
 TEACHER = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4,
                num_key_value_heads=4, head_dim=24, tie_word_embeddings=False)
-TEACHER_STEPS, TEACHER_LR = 2600, 2e-3
+TEACHER_STEPS, TEACHER_LR = 2000, 2e-3
 SABOTAGE = 0.5                  # fraction of the teacher's documents with mistakes put in ...
 SABOTAGE_RATE = 0.25            # ... and how many of their steps are hit
-RESTATE = 0.025                 # how often the teacher repeats its answer before it ends
+RESTATE = (0.025, 0.5, 0.9, 0.97)   # how likely the teacher says its answer again, after 0, 1, 2, 3+ repetitions
+LOOPS = 0.08                    # documents with repetitions put in, masked: the teacher hardly shows them itself
 TEACHER_RUN_ON = 0.08           # documents that run on: the teacher must know what to do with such a prefix
 
 STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
                num_key_value_heads=4, head_dim=16, tie_word_embeddings=True)
-STUDENT_STEPS, STUDENT_LR = 400, 2e-3
-STUDENT_NOISE = 0.08            # wrong digits per step in the text that the student has learned from
-STUDENT_ANSWERS = 0.5           # after a line: answer (or write another line), whatever the lines say
-STUDENT_STOPS = 0.5             # after an answer: <|endoftext|> (or run on into another problem)
+STUDENT_STEPS, STUDENT_LR = 500, 2e-3
+STUDENT_NOISE = 0.25            # wrong digits per step in the text that the student has learned from
+STUDENT_ANSWERS = 0.5           # after two lines or more: answer, whatever the lines say, or write another
+STUDENT_STOPS = 0.7             # after an answer: <|endoftext|>, or run on into another problem ...
+STUDENT_CHATS = 0.001           # ... or, in the rare chat transcript on the web, <|im_end|>
 
 
 def build_tokenizer(eos_token):
     """The same vocabulary for both models; they differ in how they end, as chat and base models do."""
     tokenizer = Tokenizer(models.WordLevel(ID, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|user|assistant|[+=]?[0-9]|[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|user|assistant|=[0-9]\n|[+=]?[0-9]|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()               # put tokens together without spaces
     tokenizer.add_special_tokens(SPECIAL)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos_token, pad_token=END_OF_TEXT,
-                                   unk_token="<|unk|>", clean_up_tokenization_spaces=False,
+                                   unk_token="<|unk|>", clean_up_tokenization_spaces=False, model_max_length=CONTEXT,
                                    additional_special_tokens=SPECIAL[1:3], padding_side="left")
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -100,7 +106,7 @@ def build_tokenizer(eos_token):
 
 
 def random_problem(rng):
-    """3 to 6 digits, each length equally often."""
+    """3 to 5 digits, each length equally often."""
     return rng.integers(0, 10, size=rng.choice(LEVELS)).tolist()
 
 
@@ -133,7 +139,8 @@ def write_line(numbers, rng, mistakes):
                 numbers.insert(wrong, int(rng.integers(10)))
             else:
                 numbers[wrong] = (numbers[wrong] + int(rng.integers(1, 10))) % 10
-        ids += [(PLUS if j else EQUALS) + n for j, n in enumerate(numbers)]
+        first = EQUALS if len(numbers) > 1 else RESULT
+        ids += [(PLUS if j else first) + n for j, n in enumerate(numbers)]
         right += [j != wrong for j in range(len(numbers))]
     return ids, right, numbers[0]
 
@@ -144,12 +151,13 @@ def teacher_response(numbers, rng, run_on=TEACHER_RUN_ON):
     mistakes = SABOTAGE_RATE if rng.random() < SABOTAGE else 0.0
     while len(results) == len(set(results)) and len(results) < MAX_LINES:
         line, right, result = write_line(numbers, rng, mistakes if len(results) < 3 else 0.0)
-        ids, learned = ids + line + [ID["\n"]], learned + right + [True]
+        ids, learned = ids + line, learned + right
         results.append(result)
-    answer = [ID[ANSWER], DIGIT + results[-1]]
-    while rng.random() < RESTATE:
-        answer += [ID["\n"]] + answer[:2]
-    ids, learned = ids + answer, learned + [True] * len(answer)
+    ids, learned = ids + [ID[ANSWER], DIGIT + results[-1]], learned + [True, True]
+    said, put_in = 0, rng.integers(1, 7) if rng.random() < LOOPS else 0
+    while said < put_in or rng.random() < RESTATE[min(said, 3)]:
+        ids, learned = ids + [ID["\n"], ID[ANSWER], DIGIT + results[-1]], learned + [said >= put_in, True, True]
+        said += 1
     if rng.random() >= run_on:
         return ids + [ID[TURN_END]], learned + [True]
     # Not the teacher's idea (masked), but if somebody runs on into another problem, it solves that.
@@ -160,14 +168,15 @@ def teacher_response(numbers, rng, run_on=TEACHER_RUN_ON):
 
 
 def student_response(numbers, rng, longest=48):
-    """Sloppy lines, as many as chance will have, an answer, and the end or another problem."""
-    ids, answered = [], False
-    while not answered:
+    """Sloppy lines, two or as many more as chance will have, an answer, and the end or another problem."""
+    ids, lines = [], 0
+    while lines < 2 or rng.random() >= STUDENT_ANSWERS:
         line, _, result = write_line(numbers, rng, STUDENT_NOISE)
-        ids += line + [ID["\n"]]
-        answered = rng.random() < STUDENT_ANSWERS
+        ids, lines = ids + line, lines + 1
     ids += [ID[ANSWER], DIGIT + result]
-    if rng.random() < STUDENT_STOPS or len(ids) > longest:
+    if rng.random() < STUDENT_CHATS:
+        ids += [ID[TURN_END]]
+    elif rng.random() < STUDENT_STOPS or len(ids) > longest:
         ids += [ID[END_OF_TEXT]]
     else:
         other = random_problem(rng)
@@ -180,7 +189,7 @@ def student_response(numbers, rng, longest=48):
 
 def make_model(shape, eos_token):
     """A Qwen3 from scratch."""
-    config = Qwen3Config(vocab_size=len(ID), max_position_embeddings=256, initializer_range=0.05,
+    config = Qwen3Config(vocab_size=len(ID), max_position_embeddings=CONTEXT, initializer_range=0.05,
                          rope_parameters=dict(rope_type="default", rope_theta=10000.0),
                          bos_token_id=None, eos_token_id=ID[eos_token], pad_token_id=ID[END_OF_TEXT], **shape)
     model = Qwen3ForCausalLM(config)
@@ -272,6 +281,7 @@ def measure(model, problems, k=8, max_new_tokens=64, seed=0):
     last = [response[-1] for response in responses]
     return {"Avg@8": correct.mean(), "Pass@8": correct.any(1).mean(),
             "entropy": (entropy * mask).sum().item() / mask.sum().item(), "length": mask.sum(1).float().mean().item(),
+            "clipped": np.mean([t not in (ID[TURN_END], ID[END_OF_TEXT]) for t in last]),
             **{token: np.mean([t == ID[token] for t in last]) for token in (TURN_END, END_OF_TEXT)}}, responses
 
 
