@@ -230,7 +230,7 @@ def _head(model, vocab, dtype):
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, name, None) not in (None, 1, 1.0):
-            refuse(f"{type(model).__name__} scales its logits ({name}), which the chunked head does not do: add it there")
+            refuse(f"{type(model).__name__} scales its logits ({name}): the chunked head does not, add it there")
     weight, bias = head.weight[: vocab.size].to(dtype), getattr(head, "bias", None)
     bias = None if bias is None else bias[: vocab.size].to(dtype)
     return weight, bias, getattr(config, "final_logit_softcapping", None)
@@ -307,7 +307,6 @@ def uniforms(keys, n, stream):
     return torch.from_numpy(np.stack(rows))
 
 
-
 def draw(probs, u):
     """The token that the uniform number u picks by inverse CDF: the first y with F(y) > u. (..., V), (...) -> (...).
 
@@ -317,7 +316,7 @@ def draw(probs, u):
     cdf = probs.cumsum(-1, dtype=torch.float64)  # in fp32, a quarter of 150,000 tokens would get no step at all
     total = cdf[..., -1:]
     u = torch.minimum(u[..., None].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, u, right=True)[..., 0]
+    return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)  # NaN would be past the end
 
 
 def sampling_logits(logits, temperature=1.0, top_p=1.0, top_k=0):
@@ -371,7 +370,7 @@ class _FixedCache:
     """
 
     def __init__(self, model, start, max_new_tokens):
-        self.model, (B, P) = model, start.prompt_mask.shape
+        self.model, P = model, start.prompt_len
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=P + max_new_tokens)
         self.position = start.prompt_mask.sum(1, keepdim=True) - 1  # (B, 1), of the token read last
         self.filled = torch.tensor([P - 1], device=start.ids.device)  # its column in the cache
@@ -392,7 +391,8 @@ class _FixedCache:
 
     def step(self, y=None):
         if y is None:
-            return self.model(**self.prefill, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            out = self.model(**self.prefill, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1]
         self.ids.copy_(y[:, None])
         self.steps += 1
         if self.ids.device.type != "cuda" or self.steps <= 3:  # the first steps warm up what a graph cannot record

@@ -169,7 +169,11 @@ def write_tables(groups, out_dir):
         cells = []
         for key in METRICS:
             mean, ci = mean_ci([row.get(key, math.nan) for row in rows])
-            number = (lambda x: f"{x:.2e}") if key == "flops" else (lambda x: f"{x:.1f}" if key == "eval_len" else f"{x:.3f}")
+            number = (
+                (lambda x: f"{x:.2e}")
+                if key == "flops"
+                else (lambda x: f"{x:.1f}" if key == "eval_len" else f"{x:.3f}")
+            )
             cells.append(number(mean) if math.isnan(ci) else f"{number(mean)} ± {number(ci)}")
         lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
     with open(os.path.join(out_dir, "table.md"), "w") as file:
@@ -227,7 +231,9 @@ def by_parameter(axis, groups, named, y, style):
     color, marker, label = style
     stats = [mean_ci([read(path)[-1].get(y, math.nan) for path in groups[name]]) for name in named.values()]
     mean, ci = np.array(stats).T
-    axis.errorbar(list(named), mean, np.nan_to_num(ci), color=color, marker=marker, label=label, capsize=4, markersize=7)
+    axis.errorbar(
+        list(named), mean, np.nan_to_num(ci), color=color, marker=marker, label=label, capsize=4, markersize=7
+    )
 
 
 def draw_findings(groups, args):
@@ -241,7 +247,17 @@ def draw_findings(groups, args):
             rows = [read(path)[-1] for path in groups[name]]
             x, dx = mean_ci([row["eval_entropy"] for row in rows])
             v, dv = mean_ci([row[y] for row in rows])
-            axis.errorbar(x, v, np.nan_to_num(dv), np.nan_to_num(dx), color=color, marker=marker, label=label, capsize=4, markersize=10)
+            axis.errorbar(
+                x,
+                v,
+                np.nan_to_num(dv),
+                np.nan_to_num(dx),
+                color=color,
+                marker=marker,
+                label=label,
+                capsize=4,
+                markersize=10,
+            )
         axis.set(xlabel="entropy (nats per token)", ylabel=METRICS[y])
     right.legend(frameon=False, fontsize=11)
     save(fig, out, "direction.png")
@@ -273,7 +289,9 @@ def draw_findings(groups, args):
     save(fig, out, "mixing.png")
 
     fig, axes = figure(4, "Entropy-gated curriculum against fixed lengths, reverse KL")
-    for axis, x, y in zip(axes, ("step", "flops", "step", "step"), ("avg_at_k", "avg_at_k", "eval_entropy", "eval_len")):
+    for axis, x, y in zip(
+        axes, ("step", "flops", "step", "step"), ("avg_at_k", "avg_at_k", "eval_entropy", "eval_len")
+    ):
         for name in ("opd", "curriculum"):
             curve(axis, groups[name], x, y, STYLE[name])
         axis.set(xlabel={"step": "step", "flops": "model FLOPs"}[x], ylabel=METRICS[y])
@@ -304,7 +322,12 @@ def draw_together(groups, out_dir):
 
 def main(args: Args):
     if args.quick:
-        args.seeds, args.steps, args.rl_steps, args.out_dir = 1, args.steps // 4, args.rl_steps // 4, args.out_dir + "-quick"
+        args.seeds, args.steps, args.rl_steps, args.out_dir = (
+            1,
+            args.steps // 4,
+            args.rl_steps // 4,
+            args.out_dir + "-quick",
+        )
     os.makedirs(args.out_dir, exist_ok=True)
     if args.dirs:
         groups = {path: [path] for path in args.dirs}

@@ -8,7 +8,7 @@
     student prefixes     dagger_onpolicy.py       opd.py                       --prefixes and --kl
 
 Why. Long training lengths cost the most and go wrong first: under reverse KL a student that has not learned to end
-rambles to the cap, the ramblings make up most of the tokens of a batch, and entropy falls towards 0. Short lengths never get
+rambles to the cap, the ramblings become most of the tokens of a batch, and entropy falls towards 0. Short lengths never get
 that far into a response. The gate (arXiv 2605.16826) lengthens training only while the student stays stable.
 
 Where this is our reading, and not the paper's words.

@@ -92,7 +92,8 @@ def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):
     for b in range(math.ceil(math.ceil(len(prompts) / world) / batch_size)):
         rows = mine[b * batch_size : (b + 1) * batch_size]
         keys = [(0, 0, i) for i in rows or [0]]  # a process out of rows keeps the others company
-        rollouts = sample(model, [prompts[i] for i in rows or [0]], keys, vocab, max_new_tokens, stream="gate", entropies=True)
+        batch = [prompts[i] for i in rows or [0]]
+        rollouts = sample(model, batch, keys, vocab, max_new_tokens, stream="gate", entropies=True)
         if rows:
             nats += (rollouts.entropy * rollouts.mask).sum().item()
             tokens, flops = tokens + rollouts.mask.sum().item(), flops + rollouts.flops

@@ -106,7 +106,8 @@ def main(args: Args):
             weights = micro.mask / n_tokens  # (b, R)
             u = uniforms(micro.keys, micro.mask.shape[1], "estimate") if args.estimator == "sampled" else None
             # HOW are the two distributions compared? By a mixture of both KLs.
-            micro_loss, micro_entropy = weighted_kl(partial(mixed_kl, lam=args.lam), student, teacher, micro, weights, vocab, u)
+            kl = partial(mixed_kl, lam=args.lam)
+            micro_loss, micro_entropy = weighted_kl(kl, student, teacher, micro, weights, vocab, u)
             (micro_loss * world).backward()  # gradients are averaged over processes, and we want their sum
             loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
         loss, entropy = total(loss), total(entropy)

@@ -7,6 +7,7 @@ Nothing here knows a method.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import glob
@@ -113,6 +114,7 @@ def start_processes():
     transformers.utils.logging.disable_progress_bar()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
         if torch.cuda.is_available():
             torch.cuda.set_device(_device())
 
@@ -247,9 +249,6 @@ def _start(args):
     train = load_problems(args.data, needs_answer=hasattr(args, "group_size"))  # rewards need answers, teachers do not
     evals = {name: load_problems(name, needs_answer=True) for name in args.eval_data.split(",")}
     vocab = load_vocab(args, [train, *evals.values()])
-    os.makedirs(args.out_dir, exist_ok=True)
-    if is_main():
-        _write(args.out_dir, "args.json", dataclasses.asdict(args))
     prompts = Prompts(p.prompt for p in train)
     prompts.answers = [p.answer for p in train]
     return prompts, evals, vocab
@@ -354,7 +353,7 @@ def _load(auto_class, path, role, **options):
         parts = {"config.json": r"\bconfig\.json", "tokenizer": "tokenizer|vocab|spiece", "weights": r"\.safetensors|\.bin"}
         missing = [part for part, pattern in parts.items() if not re.search(pattern, names)]
         if missing:
-            refuse(f"the {role} {path!r} has no {missing[0]}: give a folder that save_pretrained wrote, model and tokenizer")
+            refuse(f"the {role} {path!r} has no {missing[0]}: save model and tokenizer there with save_pretrained")
     try:
         if auto_class is not transformers.AutoModelForCausalLM:
             return auto_class.from_pretrained(path, **options)
@@ -365,7 +364,8 @@ def _load(auto_class, path, role, **options):
         refuse(f"the {role} {path!r} {where} ({auto_class.__name__}: {reason})")
     wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     if wrong:
-        refuse(f"the weights in {path!r} do not fit its config.json: {len(wrong)} missing or of another shape, as {wrong[0]}")
+        trouble = f"{len(wrong)} missing or of another shape, such as {wrong[0]}"
+        refuse(f"the weights in {path!r} do not fit its config.json ({trouble}): copy or download it again")
     return model
 
 
@@ -467,7 +467,12 @@ def _check_out_dir(args):
 
 
 def resume(args, student, optimizer):
-    """Load the last complete state into student and optimizer, and cut the log back to it. -> Progress"""
+    """Begin or continue: load the last complete state, if there is one, into student and optimizer, and cut the log
+    back to it. -> Progress"""
+    if is_main():  # only now: a run that was refused leaves nothing behind
+        os.makedirs(args.out_dir, exist_ok=True)
+        _write(args.out_dir, "args.json", dataclasses.asdict(args))
+    barrier()
     states = sorted(int(name[6:]) for name in os.listdir(args.out_dir) if re.fullmatch(r"state-\d+", name))
     progress = load_state(args, student, optimizer, f"state-{states[-1]}") if states else Progress()
     log_path = os.path.join(args.out_dir, "log.jsonl")
@@ -488,8 +493,8 @@ def load_state(args, student, optimizer, name):
         set_state_dict(student, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
         with open(os.path.join(path, "progress.json")) as file:
             return Progress(**json.load(file))
-    except Exception as error:  # a missing or truncated file, in whatever form the reader meets it
-        reason = str(error).strip().split("\n")[0]
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception; its last line says why
+        reason = str(error).strip().split("\n")[-1][:200]
         refuse(f"{path} is damaged ({type(error).__name__}: {reason}); remove {args.out_dir!r} to start afresh")
 
 
@@ -535,6 +540,7 @@ def finish(args, student, vocab):
             if re.fullmatch(r"state-\d+|state\.partial|stable", name):
                 shutil.rmtree(os.path.join(args.out_dir, name))
         print(f"done: {final} is the trained student, {args.out_dir}/curves.png the course of the run")
+    barrier()  # nobody leaves while the others still need him
 
 
 def barrier():

@@ -21,7 +21,12 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-QUESTIONS = ["Tom has 3 apples and buys 4 more. How many?", "What is 12 divided by 4?", "Add 2, 5 and 1.", "Is 7 prime?"]
+QUESTIONS = [
+    "Tom has 3 apples and buys 4 more. How many?",
+    "What is 12 divided by 4?",
+    "Add 2, 5 and 1.",
+    "Is 7 prime?",
+]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -45,20 +50,23 @@ def make_checkpoint(
     """Save a tiny random causal LM and its tokenizer under path -> str(path). padded: extra embedding rows."""
     tokenizer = tokenizer or make_tokenizer(eos)
     torch.manual_seed(seed)
-    options = dict(
-        vocab_size=len(tokenizer) + padded,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,  # distributions with shape: near-uniform ones would hide a swapped direction
-    ) | config
+    options = (
+        dict(
+            vocab_size=len(tokenizer) + padded,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=tied,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_range=0.3,  # distributions with shape: near-uniform ones would hide a swapped direction
+        )
+        | config
+    )
     if arch == "Qwen3":
         options.setdefault("head_dim", hidden // 4)
     model = getattr(transformers, f"{arch}ForCausalLM")(getattr(transformers, f"{arch}Config")(**options))

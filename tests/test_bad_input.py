@@ -205,7 +205,7 @@ BEFORE_MODELS = {
         dict(teacher=checkpoint("teacher", write("config.json", '{"model_type": "vit"}'))), "vit", "causal language model",
     ),
     "impossible config": (
-        dict(student=checkpoint("student", setting("config.json", vocab_size="many"))), "the student", "again", "vocab_size",
+        dict(student=checkpoint("student", setting("config.json", vocab_size="many"))), "the student", "again", "vocab",
     ),
     "damaged generation_config.json": (
         dict(teacher=checkpoint("teacher", write("generation_config.json", "{"))), "generation_config.json", "delete",
@@ -218,7 +218,7 @@ BEFORE_MODELS = {
         dict(teacher=checkpoint("teacher", remove("chat_template.jinja"))), "no chat template", "chat_template.jinja",
     ),
     "damaged chat template": (
-        dict(teacher=checkpoint("teacher", write("chat_template.jinja", "{% for m in %}"))), "chat template fails", "teacher",
+        dict(teacher=checkpoint("teacher", write("chat_template.jinja", "{% for m in %}"))), "chat template fails",
     ),
     "other tokens": (
         dict(teacher=checkpoint("teacher", other_tokenizer(vocab_size=280))), "the tokenizers of student", "one family",
@@ -238,7 +238,7 @@ BEFORE_MODELS = {
 }  # fmt: skip
 WITH_MODELS = {
     "weights of another shape": (
-        dict(student=checkpoint("student", setting("config.json", intermediate_size=96))), "do not fit", "config.json", "mlp",
+        dict(student=checkpoint("student", setting("config.json", intermediate_size=96))), "do not fit", "config", "mlp",
     ),
     "a missing weight": (
         dict(teacher=checkpoint("teacher", tensors(lambda w: w.pop("model.norm.weight")))), "do not fit", "1 missing",

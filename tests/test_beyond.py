@@ -10,7 +10,7 @@ from conftest import read_log
 from test_scripts import Killed, code_diff, run
 
 import common
-from common import make_rollouts, token_log_probs, weighted_loss
+from common import make_rollouts, token_log_probs
 from runs import Vocab
 
 
@@ -56,8 +56,9 @@ def test_the_mixture_adds_one_field_and_changes_the_marked_line():
         "-from common import forward_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl",
         "+from common import mixed_kl, sample, sequence_flops, uniforms, weighted_kl",
         "+lam: float = 0.5",
+        "+kl = partial(mixed_kl, lam=args.lam)",
         "-micro_loss, micro_entropy = weighted_kl(reverse_kl, student, teacher, micro, weights, vocab, u)",
-        "+micro_loss, micro_entropy = weighted_kl(partial(mixed_kl, lam=args.lam), student, teacher, micro, weights, vocab, u)",
+        "+micro_loss, micro_entropy = weighted_kl(kl, student, teacher, micro, weights, vocab, u)",
     ]
 
 
@@ -109,7 +110,7 @@ def test_a_closed_gate_returns_the_last_stable_checkpoint(world, tmp_path, monke
     scripted(monkeypatch, [2, 2, 0.9])
     run("curriculum", **world | LADDER, out_dir=tmp_path / "closed")
     scripted(monkeypatch, [2, 2, 2, 2])
-    states, save = {}, common.torch.save  # the weights of the whole ladder's run, after step 6
+    states = {}  # the weights of the whole ladder's run, after step 6
     import curriculum
 
     keep = curriculum.save_state
@@ -158,7 +159,11 @@ def test_the_curriculum_runs_every_objective(prefixes, kl, world, tmp_path):
     rows = [json.loads(line) for line in open(world["data"])][:-2]  # what is not held out
     data = tmp_path / "less.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fixed = {"forward": ("dagger_onpolicy", "sft_offpolicy"), "reverse": ("opd", "offline_rl_distill"), "mixed": ("kl_mix",) * 2}
+    fixed = {
+        "forward": ("dagger_onpolicy", "sft_offpolicy"),
+        "reverse": ("opd", "offline_rl_distill"),
+        "mixed": ("kl_mix",) * 2,
+    }
     if (kl, prefixes) == ("mixed", "teacher"):
         return  # there is no such script
     script = fixed[kl][prefixes == "teacher"]
@@ -195,7 +200,9 @@ def test_the_surrogate_is_its_definition_and_its_gradient_that_of_finite_differe
         assert v == pytest.approx(-min(ratio * a, min(max(ratio, 0.8), 1.2) * a))
     assert torch.autograd.gradcheck(lambda x: clipped_surrogate(x, old, advantages, 0.2), new.requires_grad_())
     x = torch.zeros(1, requires_grad=True)  # on-policy: ρ = 1, and the gradient is −A ∇ log q
-    assert torch.autograd.grad(clipped_surrogate(x, x.detach(), torch.tensor([1.7]), 0.2), x)[0].item() == pytest.approx(-1.7)
+    assert torch.autograd.grad(clipped_surrogate(x, x.detach(), torch.tensor([1.7]), 0.2), x)[
+        0
+    ].item() == pytest.approx(-1.7)
 
 
 def test_log_probabilities_are_those_of_full_logits(world):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,8 @@ def test_evaluate_gives_the_numbers_of_the_training_log(world, finished, tmp_pat
     argv += f" --eval_batch_size 2 --out_file {tmp_path}/all.jsonl"
     evaluate.main(parse(evaluate.Args, argv.split()))
     expected = read_log(finished / "seed-0")[-1]
-    line = capsys.readouterr().out.splitlines()[2]
-    numbers = [float(x) for x in re.findall(r"(?<![\w/.-])\d+\.\d+|(?<=\| )\d+(?= \|)", line.split("|", 2)[2])]
-    problems, avg, _, passed, _, length, cut, entropy = numbers
+    cells = capsys.readouterr().out.splitlines()[2].split("|")[2:-1]
+    problems, avg, passed, length, cut, entropy = (float(cell.split("±")[0].strip(" %")) for cell in cells)
     assert (problems, avg, passed) == (3, round(expected["avg_at_k"], 3), round(expected["pass_at_k"], 3))
     assert (length, entropy) == (round(expected["eval_len"], 1), round(expected["eval_entropy"], 3))
     rows = [json.loads(line) for line in Path(tmp_path, "all.jsonl").read_text().splitlines()]
@@ -58,7 +56,9 @@ def test_compare_draws_any_runs_together(finished, tmp_path, capsys):
     assert (tmp_path / "together.png").stat().st_size > 5000
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
     for seed, row in enumerate(rows):
-        assert float(row["eval_entropy"]) == pytest.approx(read_log(finished / f"seed-{seed}")[-1]["eval_entropy"], rel=1e-5)
+        assert float(row["eval_entropy"]) == pytest.approx(
+            read_log(finished / f"seed-{seed}")[-1]["eval_entropy"], rel=1e-5
+        )
 
 
 def test_intervals_over_seeds_are_t_intervals():
@@ -66,15 +66,15 @@ def test_intervals_over_seeds_are_t_intervals():
     assert mean == 3.0 and ci == pytest.approx(2.776 * 2.5**0.5 / 5**0.5, rel=2e-3)
 
 
-def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch):
-    """The whole of it in miniature: plan, runs over seeds, tables and figures; the second time nothing runs."""
+def test_compare_runs_what_is_missing_and_only_that(world, finished, tmp_path, monkeypatch):
+    """The whole of it in miniature: plan, runs, tables and figures; the second time nothing runs."""
     real = compare.plan
-    small = {k: world[k] for k in ("teacher", "data", "eval_data", "micro_batch_size", "eval_max_new_tokens", "eval_k")}
+    small = {k: world[k] for k in ("teacher", "data", "eval_data", "eval_max_new_tokens", "eval_k")}
 
     def plan(args):
         runs = real(args)
         for name, (script, arguments) in runs.items():
-            arguments = {"student": world["student"], "batch_size": 2, **small, **arguments}
+            arguments = {"student": world["student"], "batch_size": 2, **small, **arguments, "eval_every": 0}
             if script == "grpo":
                 del arguments["teacher"]
             if script == "curriculum":
@@ -84,15 +84,17 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
 
     monkeypatch.setattr(compare, "plan", plan)
     monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", InProcess)
-    args = parse(compare.Args, f"--out_dir {tmp_path} --seeds 2 --steps 4 --rl_steps 2 --length 8".split())
+    args = parse(compare.Args, f"--out_dir {tmp_path} --seeds 1 --steps 1 --rl_steps 1 --length 8".split())
     compare.main(args)
     figures = {"direction.png", "prefixes.png", "length.png", "mixing.png", "curriculum.png", "rl.png"}
     assert figures <= {p.name for p in tmp_path.iterdir()}
-    table = (tmp_path / "table.md").read_text()
-    assert len(table.splitlines()) == 2 + len(real(args)) and " ± " in table
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(real(args))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/log.jsonl")}
     compare.main(args)
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/log.jsonl")} and len(before) == 2 * len(real(args))
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/log.jsonl")}
+    assert len(before) == len(real(args))
+    table = compare.write_tables({"opd": [str(finished / "seed-0"), str(finished / "seed-1")]}, str(tmp_path))
+    assert "| opd | 2 |" in table and table.count(" ± ") == len(compare.METRICS)
 
 
 class InProcess:

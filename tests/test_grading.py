@@ -169,8 +169,8 @@ LATEX = [
     # matrices
     ("\\begin{bmatrix} -\\frac13 \\\\ \\frac23 \\\\ \\frac53 \\end{bmatrix}",
      "\\begin{pmatrix} -1/3 \\\\ 2/3 \\\\ 5/3 \\end{pmatrix}", True),
-    ("\\begin{pmatrix} -1/3 & 2/3 & 5/3 \\end{pmatrix}", "\\begin{pmatrix} -1/3 \\\\ 2/3 \\\\ 5/3 \\end{pmatrix}", False),
-    ("\\begin{pmatrix} -1/3 \\\\ 5/3 \\\\ 2/3 \\end{pmatrix}", "\\begin{pmatrix} -1/3 \\\\ 2/3 \\\\ 5/3 \\end{pmatrix}", False),
+    ("\\begin{pmatrix} -2 & -14 & -7 \\end{pmatrix}", "\\begin{pmatrix} -2 \\\\ -14 \\\\ -7 \\end{pmatrix}", False),
+    ("\\begin{pmatrix} -2 \\\\ -7 \\\\ -14 \\end{pmatrix}", "\\begin{pmatrix} -2 \\\\ -14 \\\\ -7 \\end{pmatrix}", False),
     ("\\begin{pmatrix} 1 & 0 \\\\ 0 & 1 \\end{pmatrix}", "\\begin{pmatrix} -1 & 0 \\\\ 0 & -1 \\end{pmatrix}", False),
     # expressions
     ("\\sqrt{117}", "3\\sqrt{13}", True),
@@ -265,11 +265,11 @@ ENDLESS = [
 ]  # fmt: skip
 BROKEN = [
     "1/0", "\\frac{1}{0}", "0^{-1}", "\\frac{0}{0}", "nan", "inf", "\\infty - \\infty", "\\sqrt{-1}", "\\log 0",
-    "\x00", "\ud800", "𝟙", "٣", "²", "\\", "\\\\", "}", "{", "{{{", "}}}", "\\{", "\\left(", "\\begin{pmatrix}", "&", "^", "_",
-    "\\frac", "\\frac{1}", "\\frac{1}{", "\\text{", "\\text{5", "\\sqrt[", "$", "$$", "%", "#", ",", ".", "-", "/", "1,", ",1",
-    "(1,2", "1,2)", "[1,2}", "()", "[]", "\\{\\}", "x=", "=x", "=", "==", "<", "1<", "\\in", "\\cup", "\\pm", "_5", "5_", "5_{",
-    "9" * 5000, "9" * 450, "1/" + "9" * 450, "(" * 200, "x+" * 200 + "1", "\\boxed{" * 50, "\\frac{1}{" * 60 + "1" + "}" * 60,
-    "__import__('os').getcwd()", "lambda: 0", "None", "\\int x", "\\sum_{k=1}", "\\lim",
+    "\x00", "\ud800", "𝟙", "٣", "²", "\\", "\\\\", "}", "{", "{{{", "}}}", "\\{", "\\left(", "\\begin{pmatrix}",
+    "\\frac", "\\frac{1}", "\\frac{1}{", "\\text{", "\\text{5", "\\sqrt[", "$", "$$", "%", "#", ",", ".", "-", "/", "1,",
+    "(1,2", "1,2)", "[1,2}", "()", "[]", "\\{\\}", "x=", "=x", "=", "==", "<", "1<", "\\in", "\\cup", "\\pm", "_5", "5_",
+    "9" * 5000, "9" * 450, "1/" + "9" * 450, "(" * 200, "x+" * 200 + "1", "\\boxed{" * 50, "&", "^", "_", "5_{", ",1",
+    "\\frac{1}{" * 60 + "1" + "}" * 60, "__import__('os').getcwd()", "lambda: 0", "None", "\\int x", "\\sum_{k=1}", "\\lim",
 ]  # fmt: skip
 REFERENCES = ["42", "\\frac{1}{3}", "\\text{(C)}", "4210_{5}", "3\\sqrt{13}", "(3,4]", "1,-2", "y = 2x + 3"]
 

@@ -153,7 +153,9 @@ def test_heads_tied_or_not_with_bias_or_soft_cap(arch, tied, tmp_path):
     extra = {"final_logit_softcapping": 5.0, "head_dim": 8} if arch == "Gemma2" else {}
     path = make_checkpoint(tmp_path, arch=arch, tied=tied, seed=4, **extra)
     student = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-    teacher = transformers.AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path / "t", arch=arch, tied=tied, **extra))
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(
+        make_checkpoint(tmp_path / "t", arch=arch, tied=tied, **extra)
+    )
     teacher.eval().requires_grad_(False)
     batch = rollouts()
     loss, _ = weighted_kl(reverse_kl, student, teacher, batch, batch.mask / 16, vocab(), chunk=4)

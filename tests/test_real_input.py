@@ -16,7 +16,13 @@ GSM8K = {
     "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n48+24 = <<48+24=72>>72 altogether.\n#### 72",
 }
-MATH = {"problem": "Find $3 \\cdot 4$.", "solution": "It is $\\boxed{12}$.", "answer": "12", "level": 2, "subject": "Algebra"}
+MATH = {
+    "problem": "Find $3 \\cdot 4$.",
+    "solution": "It is $\\boxed{12}$.",
+    "answer": "12",
+    "level": 2,
+    "subject": "Algebra",
+}
 AMC = {"id": 0, "problem": "How many miles?", "answer": 27.0, "question": "How many miles?"}
 AIME = {"id": 60, "problem": "Find the number of minutes.", "answer": "025", "url": "x"}
 
@@ -68,7 +74,9 @@ def test_any_causal_lm_checkpoint(script, student, teacher, tmp_path, capsys):
         hostile = dict(do_sample=True, temperature=0.01, top_k=1, eos_token_id=tokenizer.eos_token_id)
         (tmp_path / role / "generation_config.json").write_text(json.dumps(hostile))
     train = write_jsonl(tmp_path / "train.jsonl", [GSM8K | {"question": f"{i}. {GSM8K['question']}"} for i in range(6)])
-    evals = ",".join(write_jsonl(tmp_path / f"{n}.jsonl", [r]) for n, r in (("gsm8k", GSM8K), ("math", MATH), ("amc", AMC)))
+    evals = ",".join(
+        write_jsonl(tmp_path / f"{n}.jsonl", [r]) for n, r in (("gsm8k", GSM8K), ("math", MATH), ("amc", AMC))
+    )
     arguments = dict(steps=2, batch_size=4, max_new_tokens=8, eval_max_new_tokens=8, eval_k=2, lr=1e-3)
     run(script, **paths, data=train, eval_data=evals, **arguments, out_dir=tmp_path / "run/out")
     rows = read_log(tmp_path / "run/out")

@@ -34,7 +34,9 @@ def keys_for(prompts, step=1):
     return [(0, step, row) for row in range(len(prompts))]
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 7), (2.0, 0.9, 20)])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 7), (2.0, 0.9, 20)]
+)
 def test_what_is_sampled_is_the_stated_distribution(model, temperature, top_p, top_k):
     """Chi-square over 4,000 one-token rollouts: T, top_p and top_k are the arguments', not the checkpoint's."""
     n = 4000

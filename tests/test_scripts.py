@@ -3,10 +3,10 @@
 import ast
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,7 +79,18 @@ def test_a_run_leaves_what_its_contract_says(script, estimator, world, tmp_path)
     run(script, **world, out_dir=tmp_path / "run", estimator=estimator, eval_every=2)
     rows = read_log(tmp_path / "run", times=True)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    keys = {"step", "loss", "entropy", "response_len", "clip_ratio", "grad_norm", "lr", "tokens_per_s", "seconds", "flops"}
+    keys = {
+        "step",
+        "loss",
+        "entropy",
+        "response_len",
+        "clip_ratio",
+        "grad_norm",
+        "lr",
+        "tokens_per_s",
+        "seconds",
+        "flops",
+    }
     evaluated = {"avg_at_k", "pass_at_k", "eval_len", "eval_entropy"}
     assert all(keys <= set(row) for row in rows[1:])
     assert [evaluated <= set(row) for row in rows] == [True, False, True, True]
@@ -176,12 +187,12 @@ def test_kill_9_and_ctrl_c_from_outside(world, tmp_path):
     """The same with real signals to a real process. Ctrl-C finishes the step, saves, and says how to continue."""
     arguments = argv(world | dict(steps=40, save_every=5, eval_every=0))
     command = [sys.executable, str(ROOT / "opd.py"), *arguments, "--out_dir", str(tmp_path / "cut")]
+    log = tmp_path / "cut/log.jsonl"
     for sent in (signal.SIGKILL, signal.SIGINT):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-        seen = lambda: len(Path(tmp_path, "cut/log.jsonl").read_text().splitlines()) if Path(tmp_path, "cut/log.jsonl").exists() else 0  # fmt: skip
         goal = {signal.SIGKILL: 8, signal.SIGINT: 16}[sent]
-        while process.poll() is None and seen() < goal:
-            pass
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < goal):
+            time.sleep(0.01)
         process.send_signal(sent)
         _, errors = process.communicate()
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 1}[sent], errors
