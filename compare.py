@@ -106,6 +106,7 @@ def run_all(args):
             for name, seed in list(waiting):
                 script, arguments = runs[name]
                 start = arguments.get("student")
+                start = start if start in runs else None  # the name of another run, or a checkpoint of one's own
                 if start and not os.path.isdir(os.path.join(where(start, seed), "model")):
                     continue
                 waiting.remove((name, seed))

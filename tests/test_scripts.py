@@ -153,8 +153,11 @@ class Killed(BaseException):
     """As sudden as kill -9: nothing in the program catches it."""
 
 
-@pytest.mark.parametrize("where", ["sample", "weighted_kl", "evaluate_all", "save_state", "log", "finish"])
-@pytest.mark.parametrize("script", ["opd", "sft_offpolicy"])
+@pytest.mark.parametrize(
+    "script, where",
+    [("opd", where) for where in ("sample", "weighted_kl", "evaluate_all", "save_state", "log", "finish")]
+    + [("sft_offpolicy", "sample"), ("sft_offpolicy", "log"), ("sft_offpolicy", "evaluate_all")],
+)
 def test_a_killed_run_goes_on_exactly(script, where, world, tmp_path, monkeypatch):
     arguments = world | dict(steps=6, save_every=2, eval_every=3)
     run(script, **arguments, out_dir=tmp_path / "whole/run")
