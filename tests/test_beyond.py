@@ -229,12 +229,12 @@ def test_grpo_reinforces_what_was_better_than_its_group(world, tmp_path, monkeyp
     """With a reward for texts of even length the reward rises; with equal rewards nothing moves, and nothing is NaN."""
     import grpo
 
-    arguments = world | dict(batch_size=4, group_size=8, steps=30, eval_every=0, lr=3e-3)
+    arguments = world | dict(batch_size=4, group_size=8, steps=20, eval_every=0, lr=3e-3)
     del arguments["teacher"]
     monkeypatch.setattr(grpo, "grade", grade_by_length)
     run("grpo", **arguments, out_dir=tmp_path / "run")
     rewards = [row["reward"] for row in read_log(tmp_path / "run")[1:]]
-    assert sum(rewards[-10:]) > sum(rewards[:10]) + 0.5
+    assert sum(rewards[-7:]) > sum(rewards[:7]) + 0.5
     monkeypatch.setattr(grpo, "grade", lambda text, answer: True)
     run("grpo", **arguments | {"steps": 2}, out_dir=tmp_path / "equal")
     assert all(row["grad_norm"] == 0 and row["reward"] == 1 for row in read_log(tmp_path / "equal")[1:])

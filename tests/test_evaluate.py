@@ -90,7 +90,7 @@ def test_compare_runs_what_is_missing_and_only_that(world, finished, tmp_path, m
     assert figures <= {p.name for p in tmp_path.iterdir()}
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(real(args))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/log.jsonl")}
-    compare.main(args)
+    compare.run_all(args)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/log.jsonl")}
     assert len(before) == len(real(args))
     table = compare.write_tables({"opd": [str(finished / "seed-0"), str(finished / "seed-1")]}, str(tmp_path))

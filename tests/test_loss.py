@@ -129,13 +129,13 @@ def test_split_keeps_every_row_once_and_trims_padding():
 
 @pytest.mark.parametrize("name", ["forward", "reverse"])
 def test_the_sampled_estimator_through_the_model_is_unbiased(pair, name):
-    """Mean over 400 draws of u of loss and gradient, within 5 standard errors of the exact ones."""
+    """Mean over 150 draws of u of loss and gradient, within 5 standard errors of the exact ones."""
     student, _ = pair
     batch = rollouts([PROMPTS[0]], [RESPONSES[0][:2]])
     loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 2, vocab())
     exact = torch.cat([loss.detach()[None], gradient(student, loss)])
     draws = []
-    for i in range(400):
+    for i in range(150):
         u = uniforms([(i,)], 2, "test")
         loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 2, vocab(), u)
         draws.append(torch.cat([loss.detach()[None], gradient(student, loss)]))
@@ -143,7 +143,7 @@ def test_the_sampled_estimator_through_the_model_is_unbiased(pair, name):
     direction = torch.randn(draws.shape[1], 8, generator=torch.Generator().manual_seed(0))
     direction[:, 0] = torch.eye(draws.shape[1])[0]  # the loss itself; the others mix all parameters
     errors = (draws - exact) @ direction
-    assert (errors.mean(0).abs() < 5 * errors.std(0) / 20).all()
+    assert (errors.mean(0).abs() < 5 * errors.std(0) / 150**0.5).all()
 
 
 @pytest.mark.parametrize("tied", [True, False])
