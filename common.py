@@ -39,16 +39,16 @@ class _KL(torch.autograd.Function):
 
     so (i) is cross-entropy on soft targets, and (ii) is a policy gradient whose reward is r = log p − log q and whose
     baseline is its own mean, −KL. With `u` we draw the one token y that the expectation is over instead of summing.
-    Both KLs share their four softmaxes here, and the gradient is formed while they are at hand: V-sized tensors are
+    Both KLs share their softmaxes here, and the gradient is formed while they are at hand: V-sized tensors are
     what costs time and memory, and autograd would keep several of them.
     """
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, lam, u):
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)  # bf16 KLs come out wrong by a factor of two
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)  # in bf16 a KL of .0012 comes out as .0026
         log_q = student_logits.to(dtype).log_softmax(-1)
         log_p = teacher_logits.to(dtype).log_softmax(-1)
-        q, p = log_q.exp(), None if lam == 1 and u is None else log_p.exp()
+        q, p = log_q.exp(), None if lam == 1 else log_p.exp()  # p is for forward KL only
         log_ratio = log_q.sub_(log_p)  # −r(s, y), in place, as all that is V wide; NaN where both are impossible
         kl, grad = 0.0, 0.0
         if lam < 1:
@@ -119,7 +119,8 @@ def entropy(logits):
 class _ChunkedLoss(torch.autograd.Function):
     """LM head and token loss, one chunk of tokens at a time, with the gradient formed in the forward pass.
 
-    N = B·R response tokens times V = 151,936 fp32 logits, times the six such tensors that a KL needs, is gigabytes.
+    N = B·R response tokens times V = 151,936 fp32 logits, times the several such tensors that a KL needs (logits,
+    log-probabilities and probabilities of both models, gradient), is gigabytes.
     But a token's loss needs only its own logits: so for each chunk we form them, get d loss / d logits (n, V), push
     that through the head at once, and keep only what is H wide. Nothing V-sized outlives its chunk.
     """
@@ -315,7 +316,8 @@ def draw(probs, u):
     """
     cdf = probs.cumsum(-1, dtype=torch.float64)  # in fp32, a quarter of 150,000 tokens would get no step at all
     total = cdf[..., -1:]
-    u = torch.minimum(u[..., None].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+    below = torch.nextafter(total, torch.zeros_like(total))  # u · total must not round up to total itself
+    u = torch.minimum(u[..., None].to(cdf.dtype) * total, below)
     return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)  # NaN would be past the end
 
 
@@ -378,7 +380,7 @@ class _FixedCache:
         columns = torch.arange(P + max_new_tokens, device=start.ids.device)
         causal = columns <= columns[:P, None]  # (P, P+R)
         itself = torch.eye(P, P + max_new_tokens, dtype=torch.bool, device=start.ids.device)  # pads must see something
-        self.prefill = dict(input_ids=start.ids, attention_mask=self.visible & causal | itself)
+        self.prefill = dict(input_ids=start.ids, attention_mask=(self.visible & causal) | itself)  # (B, 1, P, P+R)
         self.prefill["position_ids"] = (start.prompt_mask.cumsum(1) - 1).clamp(min=0)
         self.ids, self.graph, self.logits, self.steps = start.ids[:, -1:].clone(), None, None, 0
 

@@ -8,8 +8,8 @@
     student prefixes     dagger_onpolicy.py       opd.py                       --prefixes and --kl
 
 Why. Long training lengths cost the most and go wrong first: under reverse KL a student that has not learned to end
-rambles to the cap, the ramblings become most of the tokens of a batch, and entropy falls towards 0. Short lengths never get
-that far into a response. The gate (arXiv 2605.16826) lengthens training only while the student stays stable.
+rambles to the cap, the ramblings become most of the tokens of a batch, and entropy falls towards 0. Short lengths
+never get that far into a response. The gate (arXiv 2605.16826) lengthens training only while the student stays stable.
 
 Where this is our reading, and not the paper's words.
 - H_m is measured on the student's own rollouts at T = 1 and length L_m, on --held_out prompts of the training data.
@@ -22,7 +22,8 @@ Where this is our reading, and not the paper's words.
 Run it.
     python curriculum.py                                 CPU, the embedded toy: about a minute
     python curriculum.py --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main \\
-        --eval_data openai/gsm8k:main:test --lr 5e-7 --batch_size 32 --max_new_tokens 1024 --out_dir runs/qwen3
+        --eval_data openai/gsm8k:main:test --lr 5e-7 --steps 1500 --batch_size 32 --micro_batch_size 8 \\
+        --max_new_tokens 1024 --eval_max_new_tokens 4096 --out_dir runs/qwen3     one GPU; not run by us, see README
     torchrun --nproc_per_node 4 curriculum.py ...        the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
@@ -125,7 +126,7 @@ def main(args: Args):
             u = uniforms(micro.keys, micro.mask.shape[1], "estimate") if args.estimator == "sampled" else None
             # HOW are the two distributions compared? By the KL that was asked for.
             micro_loss, micro_entropy = weighted_kl(kl, student, teacher, micro, weights, vocab, u)
-            (micro_loss * world).backward()  # gradients are averaged over processes, and we want their sum
+            (micro_loss * world).backward()  # FSDP averages gradients over processes, and we want their sum
             loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
         loss, entropy = total(loss), total(entropy)
 

@@ -43,7 +43,7 @@ def clipped_surrogate(log_probs, old_log_probs, advantages, clip):
 
 
 def group_advantages(rewards):
-    """(prompts, group) rewards -> (prompts, group) advantages, standardised within each group; 0 where all are equal."""
+    """(prompts, group) rewards -> (prompts, group) advantages, standardised within the group; 0 where all are equal."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True, unbiased=False) + 1e-4)
 
@@ -132,7 +132,7 @@ def main(args: Args):
                     return losses
 
                 micro_loss, micro_entropy = weighted_loss(surrogate, student, micro, micro.mask / n_tokens, vocab)
-                (micro_loss * world).backward()  # gradients are averaged over processes, and we want their sum
+                (micro_loss * world).backward()  # FSDP averages gradients over processes, and we want their sum
                 loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
             loss, entropy, clipped = total(loss), total(entropy), total(clipped) / n_tokens
 

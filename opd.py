@@ -20,9 +20,10 @@ What it leaves out, on purpose.
 - No reward, no value function, no importance weights: rollouts are used once, by the student that made them.
 
 Run it.
-    python opd.py                                    CPU, the embedded toy: about a minute
+    python opd.py                                    CPU, the embedded toy: about a minute, Avg@8 .17 to .71
     python opd.py --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main \\
-        --eval_data openai/gsm8k:main:test --lr 5e-7 --batch_size 32 --max_new_tokens 1024 --out_dir runs/qwen3
+        --eval_data openai/gsm8k:main:test --lr 5e-7 --steps 1500 --batch_size 32 --micro_batch_size 8 \\
+        --max_new_tokens 1024 --eval_max_new_tokens 4096 --out_dir runs/qwen3     one GPU; not run by us, see README
     torchrun --nproc_per_node 4 opd.py ...           the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
@@ -104,7 +105,7 @@ def main(args: Args):
             u = uniforms(micro.keys, micro.mask.shape[1], "estimate") if args.estimator == "sampled" else None
             # HOW are the two distributions compared? By reverse KL.
             micro_loss, micro_entropy = weighted_kl(reverse_kl, student, teacher, micro, weights, vocab, u)
-            (micro_loss * world).backward()  # gradients are averaged over processes, and we want their sum
+            (micro_loss * world).backward()  # FSDP averages gradients over processes, and we want their sum
             loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
         loss, entropy = total(loss), total(entropy)
 

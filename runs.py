@@ -14,6 +14,7 @@ import glob
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -30,7 +31,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from tqdm import tqdm
 
@@ -97,7 +103,9 @@ def check_args(args):
     if hasattr(args, "lengths"):
         lengths = [int(n) if n.isdecimal() else 0 for n in args.lengths.split(",")]
         if lengths != sorted(set(lengths)) or not 0 < lengths[0] <= args.max_new_tokens:
-            refuse(f"--lengths is {args.lengths!r}: give rising numbers like 8,16,32, the first at most --max_new_tokens")
+            refuse(
+                f"--lengths is {args.lengths!r}: give rising numbers like 8,16,32, the first at most --max_new_tokens"
+            )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if getattr(args, "batch_size", world) % world:
         refuse(f"--batch_size is {args.batch_size}, and must be a multiple of the {world} processes")
@@ -112,6 +120,7 @@ def start_processes():
     warnings.filterwarnings("ignore", module="torch.distributed")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -276,7 +285,9 @@ def load_vocab(args, problem_sets):
     for problems in problem_sets:
         encode_prompts(problems, asker, args.thinking)
     if "teacher" in paths:
-        ordinary = [{t: i for t, i in tok.get_vocab().items() if t not in tok.get_added_vocab()} for tok in (student, asker)]
+        ordinary = [
+            {t: i for t, i in tok.get_vocab().items() if t not in tok.get_added_vocab()} for tok in (student, asker)
+        ]
         if ordinary[0] != ordinary[1]:
             refuse(
                 f"the tokenizers of student ({len(ordinary[0])} tokens) and teacher ({len(ordinary[1])} tokens) differ: "
@@ -350,7 +361,11 @@ def _load(auto_class, path, role, **options):
     where = "is no folder here, and cannot be had from the hub by this name"
     if os.path.isdir(path):
         where, names = "is damaged or incomplete, so copy or download it again", " ".join(os.listdir(path))
-        parts = {"config.json": r"\bconfig\.json", "tokenizer": "tokenizer|vocab|spiece", "weights": r"\.safetensors|\.bin"}
+        parts = {
+            "config.json": r"\bconfig\.json",
+            "tokenizer": "tokenizer|vocab|spiece",
+            "weights": r"\.safetensors|\.bin",
+        }
         missing = [part for part, pattern in parts.items() if not re.search(pattern, names)]
         if missing:
             refuse(f"the {role} {path!r} has no {missing[0]}: save model and tokenizer there with save_pretrained")
@@ -623,7 +638,13 @@ def log_samples(args, step, name, problems, records):
     ranked = sorted(by_problem, key=lambda i: -sum(r["correct"] for r in by_problem[i]))
     chosen = dict.fromkeys(ranked[:3] + ranked[-3:])
     rows = [
-        dict(set=name, prompt=problems[i].question, answer=problems[i].answer, response=r["response"], correct=r["correct"])
+        dict(
+            set=name,
+            prompt=problems[i].question,
+            answer=problems[i].answer,
+            response=r["response"],
+            correct=r["correct"],
+        )
         for i in chosen
         for r in by_problem[i][:2]
     ]

@@ -73,7 +73,10 @@ def _rows(name):
         source, options, where = kind, {"data_files": name, "split": "train"}, f"as {kind}"
     else:
         source, config, split = (name.split(":", 2) + [None, None])[:3]
-        options, where = {"name": config or None, "split": split or "train"}, "from the hub, and there is no such file here"
+        options, where = (
+            {"name": config or None, "split": split or "train"},
+            "from the hub, and there is no such file here",
+        )
     try:
         from datasets import load_dataset
 

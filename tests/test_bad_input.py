@@ -327,7 +327,9 @@ def test_batches_divide_among_processes(world, monkeypatch):
         runs.check_args(opd.Args(**world))
 
 
-@pytest.mark.parametrize("changes", [dict(lengths=""), dict(lengths="4,x"), dict(lengths="8,4"), dict(lengths="64,128")])
+@pytest.mark.parametrize(
+    "changes", [dict(lengths=""), dict(lengths="4,x"), dict(lengths="8,4"), dict(lengths="64,128")]
+)
 def test_lengths_rise(changes):
     import curriculum
 
@@ -431,7 +433,10 @@ def test_status_and_stderr(world, tmp_path):
     """What the process does: status 1, and one line on stderr. Started together, because importing takes seconds."""
     bad_data = file("a.jsonl", "not JSON")(tmp_path, world)
     commands = {
-        "a.jsonl, line 1: not JSON": ["opd.py", *command_line({**world, "data": bad_data, "out_dir": tmp_path / "run"})],
+        "a.jsonl, line 1: not JSON": [
+            "opd.py",
+            *command_line({**world, "data": bad_data, "out_dir": tmp_path / "run"}),
+        ],
         "unknown argument --stepz": ["sft_offpolicy.py", "--stepz", "3"],
     }
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)

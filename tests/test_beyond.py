@@ -128,7 +128,16 @@ def test_a_closed_gate_returns_the_last_stable_checkpoint(world, tmp_path, monke
 
 @pytest.mark.parametrize(
     "where, kill_at",
-    [("sample", 2), ("sample", 4), ("sample", 7), ("sample", 10), ("log", 4), ("log", 7), ("save_state", 2), ("save_state", 5)],
+    [
+        ("sample", 2),
+        ("sample", 4),
+        ("sample", 7),
+        ("sample", 10),
+        ("log", 4),
+        ("log", 7),
+        ("save_state", 2),
+        ("save_state", 5),
+    ],
 )
 def test_the_curriculum_survives_a_kill_in_a_stage_and_at_a_transition(where, kill_at, world, tmp_path, monkeypatch):
     """With the real gate, at an H_min that closes it on the way: state, history and weights are those of a whole run."""

@@ -28,7 +28,9 @@ def measured():
     problems = load_problems(str(TOY / "eval.jsonl"), needs_answer=True)
     vocab = load_vocab(args, [problems])
     return {
-        role: evaluate(load_model(str(TOY / role), args, False), problems, vocab, max_new_tokens=args.eval_max_new_tokens)
+        role: evaluate(
+            load_model(str(TOY / role), args, False), problems, vocab, max_new_tokens=args.eval_max_new_tokens
+        )
         for role in ("teacher", "student")
     }
 
@@ -67,4 +69,6 @@ def test_the_data_are_right_and_disjoint():
     assert len(set(problems["train"]) | set(problems["eval"])) == len(problems["train"]) + len(problems["eval"])
     for row in rows["train"] + rows["eval"]:
         assert sum(map(int, row["problem"].split("+"))) % 10 == int(row["answer"])
-        assert grade(f"=...####{row['answer']}", row["answer"]) and not grade(f"####{row['answer']}\n####x", row["answer"])
+        assert grade(f"=...####{row['answer']}", row["answer"]) and not grade(
+            f"####{row['answer']}\n####x", row["answer"]
+        )
