@@ -1,6 +1,6 @@
 """Build the embedded default: two tiny chat models, a training set and an evaluation set.
 
-    python toy/build.py --out toy         # from nothing, seed 0; about 6 minutes of one CPU core
+    python toy/build.py --out toy         # from nothing, seed 0; 5 minutes of one CPU core
 
 This is data, not a method: the scripts read what stands in this folder as they would read
 Qwen3 checkpoints and GSM8K. Nobody needs to run this file; it is here so that nothing is hidden.
