@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_exactly(script, where, world, tmp_path, monkeypatc
 
 def test_kill_9_and_ctrl_c_from_outside(world, tmp_path):
     """The same with real signals to a real process. Ctrl-C finishes the step, saves, and says how to continue."""
-    arguments = argv(world | dict(steps=20, save_every=5, eval_every=0))
+    arguments = argv(world | dict(steps=40, save_every=5, eval_every=0))
     command = [sys.executable, str(ROOT / "opd.py"), *arguments, "--out_dir", str(tmp_path / "cut")]
     log = tmp_path / "cut/log.jsonl"
     for sent in (signal.SIGKILL, signal.SIGINT):
@@ -201,8 +201,8 @@ def test_kill_9_and_ctrl_c_from_outside(world, tmp_path):
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 1}[sent], errors
         if sent == signal.SIGINT:
             assert "continues from there" in errors and "Traceback" not in errors
-    run("opd", **world | dict(steps=20, save_every=5, eval_every=0), out_dir=tmp_path / "cut")
-    run("opd", **world | dict(steps=20, save_every=5, eval_every=0), out_dir=tmp_path / "whole")
+    run("opd", **world | dict(steps=40, save_every=5, eval_every=0), out_dir=tmp_path / "cut")
+    run("opd", **world | dict(steps=40, save_every=5, eval_every=0), out_dir=tmp_path / "whole")
     assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
 
 
