@@ -48,27 +48,29 @@ class _KL(torch.autograd.Function):
         dtype = torch.promote_types(student_logits.dtype, torch.float32)  # in bf16 a KL of .0012 comes out as .0026
         log_q = student_logits.to(dtype).log_softmax(-1)
         log_p = teacher_logits.to(dtype).log_softmax(-1)
-        q, p = log_q.exp(), None if lam == 1 else log_p.exp()  # p is for forward KL only
-        log_ratio = log_q.sub_(log_p)  # −r(s, y), in place, as all that is V wide; NaN where both are impossible
-        kl, grad = 0.0, 0.0
+        p = None if lam == 1 else log_p.exp()  # for forward KL only
+        nan = 0 * (log_q[..., 0].exp() + log_p[..., 0].exp())  # 0, or NaN where logits are: softmax spreads it over V
+        log_ratio = torch.sub(log_q, log_p, out=log_p)  # −r(s, y), in place, as all that is V wide
+        q = log_q.exp_()
+        kl, grad = nan, None
         if lam < 1:
             if u is None:
                 g = q - p
-                value = -p.mul_(log_ratio.masked_fill(p == 0, 0.0)).sum(-1)  # 0 · log 0 = 0
+                value = -p.mul_(log_ratio).nan_to_num_(0.0, math.inf, -math.inf).sum(-1)  # 0 · log 0 = 0
             else:  # a label from the teacher: ordinary SFT on y
                 y = draw(p, u)[..., None]
                 value, g = -log_ratio.gather(-1, y)[..., 0], q.scatter_add(-1, y, q.new_full(y.shape, -1.0))
-            kl, grad = kl + (1 - lam) * value, g.mul_(1 - lam).add_(grad)
+            kl, grad = kl + (1 - lam) * value, g if lam == 0 else g.mul_(1 - lam)
         if lam > 0:
             if u is None:
-                g = log_ratio.masked_fill_(q == 0, 0.0).mul_(q)
+                g = log_ratio.mul_(q).nan_to_num_(0.0, math.inf, -math.inf)
                 value = g.sum(-1)
                 g.addcmul_(q, value[..., None], value=-1)
             else:  # an action of the student, reinforced by the reward r = −log_ratio
                 y = draw(q, u)[..., None]
                 cost = log_ratio.gather(-1, y)
                 value, g = cost[..., 0], (-q * cost).scatter_add_(-1, y, cost)
-            kl, grad = kl + lam * value, g.mul_(lam).add_(grad)
+            kl, grad = kl + lam * value, g if grad is None else grad.add_(g, alpha=lam)
         ctx.save_for_backward(grad)
         ctx.dtype = student_logits.dtype
         return kl
@@ -113,7 +115,7 @@ def entropy(logits):
     """H(softmax(logits)) = −Σ_y q(y) log q(y). (..., V) -> (...), nats, in fp32 where the input is half precision."""
     log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     q = log_q.exp()
-    return -(q * log_q.masked_fill(q == 0, 0.0)).sum(-1)
+    return -(q * log_q.clamp(min=torch.finfo(q.dtype).min)).sum(-1)  # 0 · log 0 = 0
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -131,12 +133,20 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
         loss, mean_entropy = weights.new_zeros(()), weights.new_zeros(())
-        for c in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
+
+        def grad_logits(c):  # a function of its own, so that what is V wide goes when it returns
+            nonlocal loss, mean_entropy
             logits = F.linear(hidden[c], head, bias).requires_grad_()  # (n, V), a leaf: forward records no graph
             with torch.enable_grad():
                 capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            mean_entropy = mean_entropy + (entropy(capped.detach()) * weights[c]).sum()
+            with torch.enable_grad():
                 losses = token_loss(capped, c)  # (n,)
-            (grad,) = torch.autograd.grad(losses, logits, weights[c].to(losses.dtype))  # (n, V): Proposition 1 at work
+            loss = loss + (losses.detach() * weights[c]).sum()
+            return torch.autograd.grad(losses, logits, weights[c].to(losses.dtype))[0]  # (n, V): Proposition 1 at work
+
+        for c in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
+            grad = grad_logits(c)
             grad_hidden[c] = grad @ head
             if grad_head.dtype == grad.dtype:
                 grad_head.addmm_(grad.T, hidden[c])
@@ -144,16 +154,18 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_head += grad.T @ hidden[c]
             if bias is not None:
                 grad_bias += grad.sum(0)
-            loss += (losses.detach() * weights[c]).sum()
-            mean_entropy += (entropy(capped.detach()) * weights[c]).sum()
-        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype), None if bias is None else grad_bias.to(bias.dtype))
+            del grad
+        ctx.grads = grad_hidden, grad_head.to(head.dtype), None if bias is None else grad_bias.to(bias.dtype)
         ctx.mark_non_differentiable(mean_entropy)
         return loss, mean_entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        return (*(None if g is None else grad_loss * g for g in ctx.saved_tensors), None, None, None, None)
+        if ctx.grads is None:
+            raise RuntimeError("this loss gave its gradient away in its first backward pass: compute it again")
+        grads, ctx.grads = ctx.grads, None  # handed over, not copied: the head's alone is V·H
+        return (*(None if g is None else g.mul_(grad_loss) for g in grads), None, None, None, None)
 
 
 def weighted_loss(token_loss, model, batch, weights, vocab, chunk=None):
@@ -173,7 +185,8 @@ def weighted_loss(token_loss, model, batch, weights, vocab, chunk=None):
 
 def _chunk(hidden, vocab):
     """How many tokens' logits may exist at a time: what stays in a CPU's cache, or fills a GPU."""
-    return max(1, 2 ** (22 if hidden.device.type == "cpu" else 27) // vocab.size)
+    tokens = (2_500_000 if hidden.device.type == "cpu" else 2**27) // vocab.size
+    return max(16, tokens // 16 * 16)  # matrix products like multiples of 16 rows
 
 
 def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, chunk=None):
@@ -232,8 +245,10 @@ def _head(model, vocab, dtype):
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             refuse(f"{type(model).__name__} scales its logits ({name}): the chunked head does not, add it there")
-    weight, bias = head.weight[: vocab.size].to(dtype), getattr(head, "bias", None)
-    bias = None if bias is None else bias[: vocab.size].to(dtype)
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if len(weight) > vocab.size:  # slicing only where it crops: its backward is a copy of the whole
+        weight, bias = weight[: vocab.size], None if bias is None else bias[: vocab.size]
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return weight, bias, getattr(config, "final_logit_softcapping", None)
 
 

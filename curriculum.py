@@ -95,7 +95,7 @@ def main(args: Args):
     train, held_out = Prompts(train[: -args.held_out]), Prompts(train[-args.held_out :])
 
     # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     progress = resume(args, student, optimizer)
     state = progress.more = progress.more or {"stage": 0, "history": [], "closed": False}  # survives a kill
     world, ctrl_c = rank_and_world()[1], CtrlC()

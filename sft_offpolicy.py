@@ -85,7 +85,7 @@ def main(args: Args):
     )
 
     # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     progress = resume(args, student, optimizer)
     world, ctrl_c = rank_and_world()[1], CtrlC()
     if progress.step == 0:

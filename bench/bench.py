@@ -317,7 +317,7 @@ def run_ours(case, clock):
     teacher.base_model.forward = clock.during("teacher")(teacher.base_model.forward)
     vocab = Vocab(None, case.vocab, end_ids=(), pad_id=0)  # no end token: every response is as long as it may be
     args, world, u, sampling = case, 1, None, dict(max_new_tokens=case.max_new_tokens)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     for step in range(case.steps + 2):
         keys = [(case.seed, step, row) for row in range(case.batch_size)]
         batch = Batch(None, random_ids(case, case.batch_size, case.prompt_len, stream=step), [], [], keys)
