@@ -1,4 +1,4 @@
-"""Started by test_distributed.py in several processes: run scripts, one after the other, in one process group.
+"""Run scripts, one after the other, in one process of several; started by test_distributed.py, or by torchrun as
 
 python distributed_worker.py JSON, a list of [script, arguments]. With "sgd" among the arguments the optimizer is
 plain SGD: AdamW turns a difference of 5e-9 in a gradient into one of 3e-5 in a weight, SGD keeps it what it is.
@@ -15,23 +15,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import opd  # noqa: F401  all that the scripts import, once, before the process is forked
 import runs
 
-torch.set_num_threads(1)
-adamw = torch.optim.AdamW
-for script, arguments in json.loads(sys.argv[1]):
-    module = importlib.import_module(script)
-    torch.optim.AdamW = (
-        (lambda params, lr, weight_decay: torch.optim.SGD(params, lr=lr)) if arguments.pop("sgd", 0) else adamw
-    )
-    if "SICK_AT" in os.environ:
-        healthy = module.sample
+ADAMW = torch.optim.AdamW
 
-        def sample(model, prompts, keys, *args, healthy=healthy, **kwargs):
-            if keys[0][1] == int(os.environ["SICK_AT"]) and runs.rank_and_world()[0] == 1:
-                raise RuntimeError("process 1 is ill")
-            return healthy(model, prompts, keys, *args, **kwargs)
 
-        module.sample = sample
-    argv = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-    module.main(runs.parse(module.Args, argv))
+def sgd(params, lr, **others):
+    return torch.optim.SGD(params, lr=lr)
+
+
+def work(jobs):
+    torch.set_num_threads(1)
+    for script, arguments in jobs:
+        module = importlib.import_module(script)
+        torch.optim.AdamW = sgd if arguments.pop("sgd", 0) else ADAMW
+        if "SICK_AT" in os.environ:
+            healthy = module.sample
+
+            def sample(model, prompts, keys, *args, healthy=healthy, **kwargs):
+                if keys[0][1] == int(os.environ["SICK_AT"]) and runs.rank_and_world()[0] == 1:
+                    raise RuntimeError("process 1 is ill")
+                return healthy(model, prompts, keys, *args, **kwargs)
+
+            module.sample = sample
+        argv = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+        module.main(runs.parse(module.Args, argv))
+
+
+def work_forked(environment, jobs, log):
+    """The same in a process that has been forked, where all is imported already; its output goes to the file log."""
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    work(jobs)
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))

@@ -1,6 +1,7 @@
 """One, two and four processes, and two nodes, do the same: rollouts, loss, gradient, evaluation; states move."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import distributed_worker
 import pytest
 import torch
 import transformers
@@ -25,33 +27,31 @@ def free_port():
         return str(free.getsockname()[1])
 
 
+# Importing torch and transformers is most of what a short-lived process does: import them once, then fork.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["distributed_worker"])
+os.environ["PYTHONPATH"] = str(ROOT / "tests")  # where the server, which is not pytest's child, finds it
+
+
 def start(world, jobs, tmp_path):
     """The worker in `world` processes, with the environment that torchrun gives them. -> [(process, its log file)]"""
     port, started = free_port(), []
     for rank in map(str, range(world)):
-        log = open(tmp_path / f"{world}-{port}-{rank}.log", "w+")
+        log = tmp_path / f"{world}-{port}-{rank}.log"
         environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        command = [sys.executable, WORKER, json.dumps(jobs)]
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | environment | {"OMP_NUM_THREADS": "1"}
-        )
+        process = FORK.Process(target=distributed_worker.work_forked, args=(environment, jobs, log))
+        process.start()
         started.append((process, log))
     return started
 
 
 def finish(started):
     """Wait for all processes. -> [(exit code, what it printed)]"""
-    try:
-        codes = [process.wait(timeout=240) for process, _ in started]
-    finally:
-        for process, _ in started:
-            process.kill()
-    texts = []
-    for _, log in started:
-        log.seek(0)
-        texts.append(log.read())
-        log.close()
-    return list(zip(codes, texts, strict=True))
+    for process, _ in started:
+        process.join(timeout=240)
+    for process, _ in started:
+        process.kill()  # does nothing to one that has ended
+    return [(process.exitcode, log.read_text()) for process, log in started]
 
 
 def succeed(started):
@@ -80,7 +80,7 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
     every = [(script, "tied") for script in SCRIPTS] + [("opd", "untied"), ("sft_offpolicy", "untied")]
     two = start(2, jobs("2", every, sgd=True), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", lambda params, lr, weight_decay: torch.optim.SGD(params, lr=lr))
+        patch.setattr(torch.optim, "AdamW", distributed_worker.sgd)
         for script, job in jobs("1", every):
             run(script, **job)
     succeed(two)
