@@ -179,8 +179,8 @@ def weighted_loss(token_loss, model, batch, weights, vocab, chunk=None):
     """
     hidden = response_hidden(model, batch)  # (N, H): only real response tokens, so padding cannot leak
     head, bias, softcap = _head(model, vocab, hidden.dtype)
-    chunk = chunk or _chunk(hidden, vocab)
-    return _ChunkedLoss.apply(hidden, head, bias, token_loss, weights[batch.mask], softcap, chunk)
+    chunk, weights = chunk or _chunk(hidden, vocab), weights[batch.mask].to(hidden.device)
+    return _ChunkedLoss.apply(hidden, head, bias, token_loss, weights, softcap, chunk)
 
 
 def _chunk(hidden, vocab):
@@ -196,10 +196,11 @@ def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, chu
     `u` argument works without the sampled estimator. u (B, R): uniform numbers for the sampled estimator.
     weights (B, R), chunk and what is returned: as in weighted_loss.
     """
+    device = next(student.parameters()).device  # the teacher may be on another one: what crosses over is H wide
     with torch.no_grad():
-        teacher_hidden = response_hidden(teacher, batch)  # (N, H_T)
-    head, bias, softcap = _head(teacher, vocab, teacher_hidden.dtype)
-    u = None if u is None else u.to(batch.mask.device)[batch.mask]
+        teacher_hidden = response_hidden(teacher, batch).to(device)  # (N, H_T)
+        head, bias, softcap = _head(teacher, vocab, teacher_hidden.dtype, device)
+    u = None if u is None else u[batch.mask.to(u.device)].to(device)
 
     def token_kl(logits, c):
         with torch.no_grad():
@@ -233,13 +234,14 @@ def response_hidden(model, batch):
     states = []
     hook = model.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
     try:
-        model(**batch.inputs(), use_cache=False, logits_to_keep=1)
+        device = next(model.parameters()).device
+        model(**{name: x.to(device) for name, x in batch.inputs().items()}, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    return states[0][:, batch.prompt_len - 1 : -1][batch.mask]
+    return states[0][:, batch.prompt_len - 1 : -1][batch.mask.to(device)]
 
 
-def _head(model, vocab, dtype):
+def _head(model, vocab, dtype, device=None):
     """The LM head's weight (V, H) and bias (V) or None, cropped to the common vocabulary, and its soft cap or None."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
@@ -248,7 +250,7 @@ def _head(model, vocab, dtype):
     weight, bias = head.weight, getattr(head, "bias", None)
     if len(weight) > vocab.size:  # slicing only where it crops: its backward is a copy of the whole
         weight, bias = weight[: vocab.size], None if bias is None else bias[: vocab.size]
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = weight.to(device, dtype), None if bias is None else bias.to(device, dtype)
     return weight, bias, getattr(config, "final_logit_softcapping", None)
 
 

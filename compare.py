@@ -6,7 +6,8 @@
 
 Every run is an ordinary run of an ordinary script, in --out_dir/NAME/seed-N. Finished runs are never repeated, and an
 interrupted comparison continues where it was. What is written to --out_dir: table.md and runs.csv (means over seeds,
-± half the width of the 95 % t-interval), and figures as PNG.
+± half the width of the 95 % t-interval), findings.md (what the paper says against what these runs say, as differences
+between runs of the same seed), and figures as PNG.
 """
 
 import concurrent.futures
@@ -37,7 +38,7 @@ class Args:
     out_dir: str = "runs/compare"  # where runs, tables and figures go
     seeds: int = 5  # runs of each kind, seeds 0, 1, ...
     workers: int = 2  # runs at the same time, one thread each
-    quick: bool = False  # one seed, short runs
+    quick: bool = False  # one seed: a fifth of the time
     steps: int = 200  # updates of every distillation run
     length: int = 48  # the long training length, tokens
     rl_steps: int = 60  # updates of the RL that follows
@@ -46,7 +47,7 @@ class Args:
 def plan(args):
     """All runs that the findings need: {name: (script, arguments)}. Findings share runs wherever they can."""
     steps = args.steps
-    base = dict(steps=steps, eval_every=max(1, steps // 4), max_new_tokens=args.length, save_every=steps)
+    base = dict(steps=steps, eval_every=max(1, steps // 5), max_new_tokens=args.length, save_every=steps)
     runs = {
         "sft_offpolicy": ("sft_offpolicy", base),
         "offline_rl_distill": ("offline_rl_distill", base),
@@ -59,7 +60,7 @@ def plan(args):
     for lam in LAMBDAS:
         runs[f"kl_mix-{lam}"] = ("kl_mix", base | dict(lam=lam))
     ladder = ",".join(map(str, lengths(args)))
-    runs["curriculum"] = ("curriculum", base | dict(lengths=ladder, on_closed="continue"))
+    runs["curriculum"] = ("curriculum", base | dict(lengths=ladder, h_min=H_MIN, on_closed="continue"))
     rl = dict(steps=args.rl_steps, eval_every=max(1, args.rl_steps // 4), max_new_tokens=args.length, save_every=10**6)
     for start in ("dagger_onpolicy", "opd"):
         runs[f"grpo-after-{start}"] = ("grpo", rl | dict(student=start))
@@ -67,6 +68,7 @@ def plan(args):
 
 
 LAMBDAS = (0.25, 0.5, 0.75)
+H_MIN = 0.25  # nats per token, just below the teacher's own 0.27
 
 
 def lengths(args):
@@ -130,15 +132,23 @@ def run_all(args):
 
 def read(out_dir):
     """log.jsonl of a run -> its evaluations, each with what the step's line says."""
-    try:
-        with open(os.path.join(out_dir, "log.jsonl")) as file:
-            rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError) as error:
-        refuse(f"cannot read the log of {out_dir!r}: {error}")
-    rows = [{"flops": 0.0, **row} for row in rows if "avg_at_k" in row]
+    rows = [{"flops": 0.0, **row} for row in _log(out_dir) if "avg_at_k" in row]
     if not rows:
         refuse(f"{out_dir!r} has no evaluation in its log yet")
     return rows
+
+
+def read_steps(out_dir):
+    """log.jsonl of a run -> its updates."""
+    return [row for row in _log(out_dir) if "loss" in row]
+
+
+def _log(out_dir):
+    try:
+        with open(os.path.join(out_dir, "log.jsonl")) as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        refuse(f"cannot read the log of {out_dir!r}: {error}")
 
 
 def mean_ci(values):
@@ -154,6 +164,97 @@ METRICS = {
     "avg_at_k": "Avg@8", "pass_at_k": "Pass@8", "eval_entropy": "entropy (nats)", "eval_len": "length (tokens)",
     "eval_clip_ratio": "cut at the cap", "flops": "model FLOPs",
 }  # fmt: skip
+
+
+@dataclass
+class Claim:
+    """One thing that the paper says, as a number per seed and the sign that the paper gives it."""
+
+    axis: str
+    says: str  # what the paper says
+    sign: int  # +1: the number should be above 0; -1: below
+    a: str  # the name of a run; the number is value(a) - value(b), over runs of the same seed
+    b: str = ""  # another run, or nothing: then it is value(a)
+    value: str = "avg_at_k"  # a metric, after the last step; see value_of
+    equal_flops: bool = False  # compare after as many model FLOPs as the cheaper one of the two has used
+
+
+def claims(args):
+    short = lengths(args)[0]
+    return [
+        Claim("KL direction", "reverse is more accurate (Avg@8), student prefixes", +1, "opd", "dagger_onpolicy"),
+        Claim("KL direction", "reverse is more accurate (Avg@8), teacher prefixes", +1, "offline_rl_distill", "sft_offpolicy"),
+        Claim("KL direction", "reverse has less entropy, student prefixes", -1, "opd", "dagger_onpolicy", "eval_entropy"),
+        Claim("KL direction", "reverse has less entropy, teacher prefixes", -1, "offline_rl_distill", "sft_offpolicy", "eval_entropy"),
+        Claim("KL direction", "reverse has a lower Pass@8 / Avg@8, student prefixes", -1, "opd", "dagger_onpolicy", "pass_over_avg"),
+        Claim("RL after it", "GRPO gains less Avg@8 from a reverse-KL start", -1, "grpo-after-opd", "grpo-after-dagger_onpolicy", "gain"),
+        Claim("RL after it", "... and ends lower", -1, "grpo-after-opd", "grpo-after-dagger_onpolicy"),
+        Claim("RL after it", "GRPO lowers Avg@8 of a reverse-KL start", -1, "grpo-after-opd", value="gain"),
+        Claim("Prefix source", "student prefixes are better (Avg@8) at equal steps, forward KL", +1, "dagger_onpolicy", "sft_offpolicy"),
+        Claim("Prefix source", "... reverse KL", +1, "opd", "offline_rl_distill"),
+        Claim("Prefix source", "... Pass@8, forward KL", +1, "dagger_onpolicy", "sft_offpolicy", "pass_at_k"),
+        Claim("Prefix source", "... Pass@8, reverse KL", +1, "opd", "offline_rl_distill", "pass_at_k"),
+        Claim("Prefix source", "teacher prefixes can win (Avg@8) at equal FLOPs, forward KL", -1, "dagger_onpolicy", "sft_offpolicy", equal_flops=True),
+        Claim("Prefix source", "... reverse KL", -1, "opd", "offline_rl_distill", equal_flops=True),
+        Claim("Training length", f"{args.length} tokens beat {short} (Avg@8), forward KL", +1, "dagger_onpolicy", f"dagger_onpolicy-length-{short}"),
+        Claim("Training length", "... reverse KL", +1, "opd", f"opd-length-{short}"),
+        Claim("Training length", "long reverse-KL training has less entropy than the teacher", -1, "opd", value="entropy_below_teacher"),
+        Claim("Training length", "... and inflates length, forward KL does not", +1, "opd", "dagger_onpolicy", "eval_len"),
+        Claim("Training length", "... for more of the training (share of steps with most rollouts cut)", +1, "opd", "dagger_onpolicy", "inflated"),
+        Claim("KL mixing", "λ = 0.25 keeps the accuracy (Avg@8) of reverse KL: not below it", +1, "kl_mix-0.25", "opd"),
+        Claim("KL mixing", "λ = 0.25 has more entropy", +1, "kl_mix-0.25", "opd", "eval_entropy"),
+        Claim("KL mixing", "λ = 0.25 is inflated for less of the training", -1, "kl_mix-0.25", "opd", "inflated"),
+        Claim("KL mixing", "λ = 0.75 is inflated for more of the training than λ = 0.25", +1, "kl_mix-0.75", "kl_mix-0.25", "inflated"),
+        Claim("Curriculum", f"better (Avg@8) than fixed {args.length} tokens, equal steps", +1, "curriculum", "opd"),
+        Claim("Curriculum", "... equal FLOPs", +1, "curriculum", "opd", equal_flops=True),
+        Claim("Curriculum", "better Pass@8, equal steps", +1, "curriculum", "opd", "pass_at_k"),
+        Claim("Curriculum", "... equal FLOPs", +1, "curriculum", "opd", "pass_at_k", equal_flops=True),
+        Claim("Curriculum", "shorter responses, equal steps", -1, "curriculum", "opd", "eval_len"),
+    ]  # fmt: skip
+
+
+def value_of(path, name, flops=None):
+    """A number that sums up a run: a metric after the last step, or after that many FLOPs, between two evaluations."""
+    rows = read(path)
+    if name == "pass_over_avg":
+        return rows[-1]["pass_at_k"] / max(rows[-1]["avg_at_k"], 1e-9)
+    if name == "gain":
+        return rows[-1]["avg_at_k"] - rows[0]["avg_at_k"]
+    if name == "entropy_below_teacher":
+        return rows[-1]["eval_entropy"] - TEACHER_ENTROPY
+    if name == "inflated":
+        steps = read_steps(path)
+        return sum(row["clip_ratio"] > 0.5 for row in steps) / len(steps)
+    if flops is not None:
+        return float(np.interp(flops, [row["flops"] for row in rows], [row[name] for row in rows]))
+    return rows[-1][name]
+
+
+TEACHER_ENTROPY = 0.271  # nats per token: python evaluate.py --model toy/teacher
+
+
+def differences(claim, groups):
+    """The claim's number for every seed."""
+    numbers = []
+    for i, a in enumerate(groups[claim.a]):
+        b = groups[claim.b][i] if claim.b else None
+        flops = min(read(a)[-1]["flops"], read(b)[-1]["flops"]) if claim.equal_flops else None
+        numbers.append(value_of(a, claim.value, flops) - (value_of(b, claim.value, flops) if b else 0.0))
+    return numbers
+
+
+def write_findings(groups, args):
+    """findings.md: every claim with its number, the interval, and whether that bears it out."""
+    lines = ["| | the paper | here: difference over seeds | |", "|---|---|---|---|"]
+    for claim in claims(args):
+        mean, ci = mean_ci(differences(claim, groups))
+        verdict = "undecided" if not abs(mean) > ci else "found" if mean * claim.sign > 0 else "the opposite"
+        unit = {"eval_len": 1}.get(claim.value, 3)
+        interval = "" if math.isnan(ci) else f" ± {ci:.{unit}f}"
+        lines.append(f"| {claim.axis} | {claim.says} | {mean:+.{unit}f}{interval} | {verdict} |")
+    with open(os.path.join(args.out_dir, "findings.md"), "w") as file:
+        file.write("\n".join(lines) + "\n")
+    return "\n".join(lines)
 
 
 def write_tables(groups, out_dir):
@@ -289,6 +390,19 @@ def draw_findings(groups, args):
         axis.set(xlabel="λ", ylabel=METRICS[y], xticks=list(named))
     save(fig, out, "mixing.png")
 
+    fig, axes = figure(3, "How rollouts learn to end: the share that ends before the cap, while training")
+    names = {"dagger_onpolicy": STYLE["dagger_onpolicy"], "kl_mix-0.25": (GREEN, "s", "λ = 0.25"),
+             "kl_mix-0.75": (PINK, "D", "λ = 0.75"), "opd": STYLE["opd"]}  # fmt: skip
+    for axis, y in zip(axes, ("ended", "response_len", "entropy")):
+        for name, (color, _, label) in names.items():
+            tables = [read_steps(path) for path in groups[name]]
+            mean = np.array([[row[y] for row in rows] for rows in tables]).mean(0)
+            axis.plot([row["step"] for row in tables[0]], mean, color=color, label=label)
+        label = {"ended": "rollouts that end", "response_len": "length (tokens)", "entropy": "entropy (nats)"}[y]
+        axis.set(xlabel="step", ylabel=label)
+    axes[0].legend(frameon=False, fontsize=11)
+    save(fig, out, "ending.png")
+
     fig, axes = figure(4, "Entropy-gated curriculum against fixed lengths, reverse KL")
     for axis, x, y in zip(
         axes, ("step", "flops", "step", "step"), ("avg_at_k", "avg_at_k", "eval_entropy", "eval_len")
@@ -323,12 +437,7 @@ def draw_together(groups, out_dir):
 
 def main(args: Args):
     if args.quick:
-        args.seeds, args.steps, args.rl_steps, args.out_dir = (
-            1,
-            args.steps // 4,
-            args.rl_steps // 4,
-            args.out_dir + "-quick",
-        )
+        args.seeds, args.out_dir = 1, args.out_dir + "-quick"
     os.makedirs(args.out_dir, exist_ok=True)
     if args.dirs:
         groups = {path: [path] for path in args.dirs}
@@ -336,8 +445,9 @@ def main(args: Args):
     else:
         groups = run_all(args)
         draw_findings(groups, args)
+        print(write_findings(groups, args) + "\n")
     print(write_tables(groups, args.out_dir))
-    print(f"\ntable.md, runs.csv and figures are in {args.out_dir}")
+    print(f"\ntables, runs.csv and figures are in {args.out_dir}")
 
 
 if __name__ == "__main__":

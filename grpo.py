@@ -78,6 +78,7 @@ class Args:
     seed: int = 0  # of everything random
     thinking: bool = False  # ask for thinking mode in chat templates that have it
     precision: str = "auto"  # fp32; bf16: activations, the weights stay fp32; auto: bf16 on a GPU
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
 
 
 def main(args: Args):
@@ -151,6 +152,7 @@ def main(args: Args):
         forward = sequence_flops(student, *rollouts.lengths()).sum().item()  # a backward pass is two of them
         progress.flops += total(rollouts.flops + (many + 3 * args.updates_per_step) * forward)
         progress.step, progress.seconds = step, progress.seconds + seconds
+        ended = total(rollouts.ended.sum().item()) / n_rollouts
         row = dict(
             step=step,
             loss=loss,
@@ -158,7 +160,8 @@ def main(args: Args):
             clipped_fraction=clipped,
             entropy=entropy,
             response_len=n_tokens / n_rollouts,
-            clip_ratio=1 - total(rollouts.ended.sum().item()) / n_rollouts,
+            ended=ended,
+            clip_ratio=1 - ended,
             grad_norm=grad_norm,
             lr=lr,
             tokens_per_s=n_tokens / seconds,

@@ -73,6 +73,8 @@ class Args:
     seed: int = 0  # of everything random
     thinking: bool = False  # ask for thinking mode in chat templates that have it
     precision: str = "auto"  # fp32; bf16: teacher and activations, student weights stay fp32; auto: bf16 on a GPU
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
+    teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 
 
 def main(args: Args):
@@ -128,12 +130,14 @@ def main(args: Args):
         forward = [sequence_flops(model, *rollouts.lengths()).sum().item() for model in (teacher, student)]
         progress.flops += total(rollouts.flops + forward[0] + 3 * forward[1])  # a backward pass is two forward ones
         progress.step, progress.seconds = step, progress.seconds + seconds
+        ended = total(rollouts.ended.sum().item()) / n_rollouts
         row = dict(
             step=step,
             loss=loss,
             entropy=entropy,
             response_len=n_tokens / n_rollouts,
-            clip_ratio=1 - total(rollouts.ended.sum().item()) / n_rollouts,
+            ended=ended,
+            clip_ratio=1 - ended,
             grad_norm=grad_norm,
             lr=lr,
             tokens_per_s=n_tokens / seconds,

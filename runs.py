@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from tasks import encode_prompts, load_problems, refuse
@@ -46,7 +48,9 @@ from tasks import encode_prompts, load_problems, refuse
 # Arguments
 
 # What cannot change the result of a run, and may therefore differ when it is continued.
-FREE_ARGS = {"out_dir", "micro_batch_size", "eval_batch_size", "save_every", "gradient_checkpointing"}
+FREE_ARGS = {
+    "out_dir", "micro_batch_size", "eval_batch_size", "save_every", "gradient_checkpointing", "teacher_device",
+}  # fmt: skip
 
 
 def parse(Args, argv=None):
@@ -60,10 +64,29 @@ def parse(Args, argv=None):
         formatter_class=_HelpFormatter,
     )  # fmt: skip
     parser.error = lambda message: refuse(f"{message} (--help lists the arguments)")
-    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    parser.add_argument("--recipe", metavar="FILE", help="read arguments from a file; those given here come first")
+    argv = _with_recipe(sys.argv[1:] if argv is None else argv)
+    args, *_, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         refuse(f"unknown argument {unknown[0]} (--help lists the arguments)")
     return args
+
+
+def _with_recipe(argv):
+    """Put the arguments that stand in the file of `--recipe FILE` before those of the command line, which win."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--recipe=") else [word])]
+    if "--recipe" not in words:
+        return argv
+    at = words.index("--recipe")
+    if at + 1 == len(words) or "--recipe" in words[at + 1 :]:
+        refuse("--recipe needs the name of one file")
+    path = words[at + 1]
+    try:
+        with open(path) as file:
+            recipe = shlex.split(file.read(), comments=True)
+    except (OSError, ValueError) as error:
+        refuse(f"--recipe {path!r} cannot be read ({error}): name a file of lines like `--lr 5e-7  # a comment`")
+    return recipe + words[:at] + words[at + 2 :]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -107,6 +130,15 @@ def check_args(args):
                 f"--lengths is {args.lengths!r}: give rising numbers like 8,16,32, the first at most --max_new_tokens"
             )
     world = int(os.environ.get("WORLD_SIZE", 1))
+    device = getattr(args, "teacher_device", "")
+    if device and world > 1:
+        refuse(f"--teacher_device is {device!r}, but under torchrun the teacher is sharded like the student: leave it out")
+    try:
+        if device:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such kind of device, or not so many of them
+        reason = str(error).split("\n")[0]
+        refuse(f"--teacher_device is {device!r}, and must be a device here such as cpu or cuda:1 ({reason})")
     if getattr(args, "batch_size", world) % world:
         refuse(f"--batch_size is {args.batch_size}, and must be a multiple of the {world} processes")
 
@@ -171,9 +203,7 @@ def whole_weights(model):
 def shard(model):
     """Split a model's weights, gradients and optimizer state over all processes (FSDP2), layer by layer. The model
     stays an ordinary module. Its root keeps what it gathered after a forward pass: the LM head is used once more."""
-    depth = model.config.get_text_config().num_hidden_layers
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
-    for layer in layers:
+    for layer in layers(model):
         fully_shard(layer)
     return fully_shard(model, reshard_after_forward=False)
 
@@ -255,7 +285,8 @@ def start(args):
 def _start(args):
     check_args(args)
     _check_out_dir(args)
-    train = load_problems(args.data, needs_answer=hasattr(args, "group_size"))  # rewards need answers, teachers do not
+    rewarded = hasattr(args, "group_size")  # rewards need answers, teachers do not
+    train = load_problems(args.data, needs_answer=rewarded, skip_unanswered=rewarded)
     evals = {name: load_problems(name, needs_answer=True) for name in args.eval_data.split(",")}
     vocab = load_vocab(args, [train, *evals.values()])
     prompts = Prompts(p.prompt for p in train)
@@ -339,14 +370,35 @@ def load_model(path, args, trainable):
     """A causal LM on this process's device: the trained one with fp32 weights, which small learning rates need."""
     bf16 = args.precision == "bf16" or (args.precision == "auto" and torch.cuda.is_available())
     dtype = torch.bfloat16 if bf16 and not trainable else torch.float32
-    model = _load(transformers.AutoModelForCausalLM, path, "model", dtype=dtype).to(_device())
+    device = _device() if trainable else getattr(args, "teacher_device", "") or _device()
+    model = _load(transformers.AutoModelForCausalLM, path, "model", dtype=dtype).to(device)
     if model.device.type == "cpu" and model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much
     model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree
     model.autocasts = bf16 and trainable
     if model.autocasts:
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
+    if trainable and args.gradient_checkpointing:
+        for layer in layers(model):  # transformers' own switch needs train mode, and with it dropout
+            layer.forward = recomputed(layer.forward)
     return shard(model) if dist.is_initialized() else model
+
+
+def layers(model):
+    """The transformer blocks of any decoder: the ModuleList that is as long as the model is deep."""
+    depth = model.config.get_text_config().num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+
+
+def recomputed(forward):
+    """A forward pass whose activations are not kept but computed again in the backward pass; when sampling, as it is."""
+
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return checkpointed
 
 
 def decoding_precision(model):
@@ -429,7 +481,7 @@ class RolloutStore:
         """Keep records [(row, sample, token ids, did it end, cap)], the same on all processes, and write them down."""
         self._keep(records)
         if is_main():
-            with open(self.path, "a") as file:  # newline first: a line that a kill cut short stays alone
+            with writing(self.path), open(self.path, "a") as file:  # newline first: a line cut short by a kill stays alone
                 file.writelines("\n" + json.dumps(record) for record in records)
 
 
@@ -513,10 +565,21 @@ def load_state(args, student, optimizer, name):
         refuse(f"{path} is damaged ({type(error).__name__}: {reason}); remove {args.out_dir!r} to start afresh")
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Say in one line that a disk is full or a directory gone. Nothing is written in place, so what was there stays."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError, dcp.api.CheckpointException) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1][:200]
+        refuse(f"cannot write {path} ({reason}); the last good state is intact: make room, then run the same command again")
+
+
 def log(args, row):
     """Append one line to log.jsonl."""
+    path = os.path.join(args.out_dir, "log.jsonl")
     if is_main():
-        with open(os.path.join(args.out_dir, "log.jsonl"), "a") as file:
+        with writing(path), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
@@ -528,11 +591,13 @@ def save_state(args, progress, student, optimizer, name=None):
         shutil.rmtree(partial, ignore_errors=True)
     barrier()
     model_state, optimizer_state = get_state_dict(student, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    with writing(final):
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        if is_main():
+            _write(partial, "progress.json", dataclasses.asdict(progress))
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(partial, final)
     if is_main():
-        _write(partial, "progress.json", dataclasses.asdict(progress))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
         for old in os.listdir(args.out_dir):
             if name is None and re.fullmatch(r"state-\d+", old) and old != os.path.basename(final):
                 shutil.rmtree(os.path.join(args.out_dir, old))
@@ -541,16 +606,18 @@ def save_state(args, progress, student, optimizer, name=None):
 
 def finish(args, student, vocab):
     """Write model/ (an ordinary checkpoint with tokenizer) and curves.png; the states are no longer needed."""
-    draw_curves(args.out_dir)
+    with writing(os.path.join(args.out_dir, "curves.png")):
+        draw_curves(args.out_dir)
     ends = dict(eos_token_id=list(vocab.end_ids), pad_token_id=vocab.pad_id)
     student.generation_config = transformers.GenerationConfig(**ends)
     partial, final = (os.path.join(args.out_dir, name) for name in ("model.partial", "model"))
     weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
-        student.save_pretrained(partial, state_dict=weights)
-        vocab.tokenizer.save_pretrained(partial)
-        os.rename(partial, final)
+        with writing(final):
+            student.save_pretrained(partial, state_dict=weights)
+            vocab.tokenizer.save_pretrained(partial)
+            os.rename(partial, final)
         for name in os.listdir(args.out_dir):
             if re.fullmatch(r"state-\d+|state\.partial|stable", name):
                 shutil.rmtree(os.path.join(args.out_dir, name))
@@ -593,7 +660,7 @@ def draw_curves(out_dir):
         ("loss (nats per response token)", ["loss"]),
         ("entropy (nats per token)", ["entropy", "eval_entropy"]),
         ("response length (tokens)", ["response_len", "eval_len"]),
-        ("accuracy on eval_data", ["avg_at_k", "pass_at_k"]),
+        ("accuracy on eval_data", ["reward", "avg_at_k", "pass_at_k"]),
     ]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     for axis, (title, names) in zip(axes.flat, panels):
@@ -611,11 +678,12 @@ def draw_curves(out_dir):
 def _write(directory, name, content):
     """Write a whole file or leave the old one: never half of it."""
     path = os.path.join(directory, name)
-    with open(path + ".partial", "w") as file:
-        file.write(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".partial", path)
+    with writing(path):
+        with open(path + ".partial", "w") as file:
+            file.write(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".partial", path)
 
 
 def _read_lines(path):

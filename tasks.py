@@ -25,13 +25,14 @@ class Problem:
     prompt: tuple[int, ...] = ()
 
 
-def load_problems(name, needs_answer=False):
+def load_problems(name, needs_answer=False, skip_unanswered=False):
     """Read a JSONL/JSON file, another file `datasets` knows, or `name[:config[:split]]` on the hub -> [Problem].
 
     A row needs `prompt`, `problem` or `question` (a string), and an `answer` (string or number; GSM8K's
-    "... #### 42" and "\\boxed{}" are understood) if `needs_answer`. Refuses, naming the row, whatever is not so.
+    "... #### 42" and "\\boxed{}" are understood) if `needs_answer`. Refuses, naming the row, whatever is not so; but
+    `skip_unanswered` leaves out rows with an empty answer, of which large training sets have a few, and counts them.
     """
-    problems = []
+    problems, skipped = [], 0
     for i, row in enumerate(_rows(name), 1):
         column = next((key for key in ("prompt", "problem", "question") if row.get(key) is not None), None)
         if column is None:
@@ -40,6 +41,9 @@ def load_problems(name, needs_answer=False):
         if not isinstance(question, str) or not question.strip():
             refuse(f"{name}, row {i}: `{column}` must be a text, and is {json.dumps(question, default=str)[:60]}")
         answer = row.get("answer")
+        if skip_unanswered and "answer" in row and str(answer or "").strip() == "" and answer != 0:
+            skipped += 1
+            continue
         if needs_answer and (answer is None or isinstance(answer, (dict, list)) or str(answer).strip() == ""):
             found = f"is {json.dumps(answer)[:60]}" if "answer" in row else f"its columns are: {', '.join(row)}"
             refuse(f"{name}, row {i}: needs an `answer` to grade by, a text or a number; {found}")
@@ -48,7 +52,9 @@ def load_problems(name, needs_answer=False):
         level = row.get("level")
         problems.append(Problem(question.strip(), answer, None if level is None else str(level)))
     if not problems:
-        refuse(f"{name}: no rows in it")
+        refuse(f"{name}: no rows in it" + (f" but {skipped} without an answer" if skipped else ""))
+    if skipped:
+        print(f"{name}: left out {skipped} rows without an answer")
     plain = [_plain(p.answer) for p in problems if needs_answer]
     latex = next((answer for answer in plain if _number(answer) is None and _word(answer) is None), None)
     if latex is not None:

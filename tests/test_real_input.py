@@ -2,15 +2,17 @@
 
 import importlib
 import json
+import re
 
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint, make_tokenizer, read_log, write_jsonl
+from conftest import ROOT, make_checkpoint, make_tokenizer, read_log, write_jsonl
 from test_scripts import run
 
+import opd
 import tasks
-from runs import load_vocab, parse
+from runs import check_args, load_model, load_vocab, parse
 
 GSM8K = {
     "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
@@ -126,3 +128,102 @@ def test_what_the_loss_does_at_an_end_token(world):
     ids = torch.tensor([[*prompt, *response]])
     at_end = [model(ids).logits[0, -2, : vocab.size] for model in (student, teacher)]
     torch.testing.assert_close(loss, forward_kl(*at_end), rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Recipes, precision, memory
+
+PAPER = dict(  # what design and docstring of the recipes say of the paper and its authors' follow-up
+    student="Qwen/Qwen3-0.6B-Base", data="agentica-org/DeepScaleR-Preview-Dataset", temperature=1.0, top_p=0.95, top_k=20,
+    lr=5e-7, warmup=0.05, batch_size=32, steps=1500, max_new_tokens=1024, thinking=False, precision="bf16",
+    eval_temperature=0.6, eval_k=8, eval_max_new_tokens=4096,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd", "kl_mix", "curriculum"])
+@pytest.mark.parametrize("teacher", ["4B", "8B"])
+def test_one_flag_brings_the_papers_setting(script, teacher):
+    module = importlib.import_module(script)
+    args = parse(module.Args, ["--recipe", str(ROOT / f"recipes/qwen3-{teacher.lower()}.txt"), "--seed", "7"])
+    assert vars(args) == vars(args) | PAPER | {"teacher": f"Qwen/Qwen3-{teacher}", "seed": 7}
+    assert [name.split(":")[0].split("/")[1] for name in args.eval_data.split(",")] == ["aime_2024", "amc23", "MATH-500", "gsm8k"]
+
+
+def test_every_value_of_a_recipe_says_whose_it_is():
+    for recipe in (ROOT / "recipes").glob("*.txt"):
+        for line in recipe.read_text().splitlines():
+            assert not line.startswith("--") or re.search(r"# \[(paper|follow-up|ours)\]", line), line
+
+
+def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
+    recipe = tmp_path / "mine.txt"
+    recipe.write_text("# a comment\n--lr 5e-7  # another\n--out_dir 'a folder'\n\n--steps=7\n")
+    for argv in (["--recipe", str(recipe), "--steps", "9"], ["--steps", "9", f"--recipe={recipe}"]):
+        args = parse(opd.Args, argv)
+        assert (args.lr, args.steps, args.out_dir) == (5e-7, 9, "a folder")
+    grpo = importlib.import_module("grpo")
+    assert parse(grpo.Args, ["--recipe", str(ROOT / "recipes/qwen3-grpo.txt")]).group_size == 8
+    for content, says in ((None, "cannot be read"), ("--lr 'x", "cannot be read"), ("--learning_rate 1", "unknown argument --learning_rate")):
+        recipe.unlink(missing_ok=True)
+        if content:
+            recipe.write_text(content)
+        with pytest.raises(SystemExit, match=says):
+            parse(opd.Args, ["--recipe", str(recipe)])
+    with pytest.raises(SystemExit, match="one file"):
+        parse(opd.Args, ["--recipe"])
+
+
+def test_small_steps_move_fp32_weights_and_not_those_in_bf16(world, tmp_path):
+    """Why the student is kept in fp32: at a learning rate of 5e-7 an update of a bf16 weight is rounded away."""
+    args = parse(opd.Args, [])
+    args.precision = "bf16"
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        student = load_model(world["student"], args, trainable=True)
+        assert {p.dtype for p in student.parameters()} == {torch.float32} and student.autocasts
+        student.to(dtype)
+        before = [p.detach().clone() for p in student.parameters()]
+        optimizer = torch.optim.AdamW(student.parameters(), lr=5e-7, weight_decay=0.0, fused=True)
+        for _ in range(20):
+            student(input_ids=torch.arange(60)[None]).logits.float().logsumexp(-1).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = torch.cat([(p != b).flatten() for p, b in zip(student.parameters(), before) if p.abs().max() > 0])
+        moved[dtype] = weights.float().mean().item()
+    assert moved[torch.float32] > 0.5 and moved[torch.bfloat16] < 0.02, moved
+
+
+def test_checkpointing_and_the_teachers_device_change_no_number(world, tmp_path):
+    logs = []
+    for name, more in (("plain", {}), ("checkpointed", dict(gradient_checkpointing=True, teacher_device="cpu"))):
+        run("opd", **world | more, out_dir=tmp_path / name)
+        logs.append(read_log(tmp_path / name))
+    assert logs[0] == logs[1]
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass(world):
+    from test_memory import Saved
+
+    kept = []
+    for on in (False, True):
+        args = parse(opd.Args, ["--gradient_checkpointing", str(on)])
+        student = load_model(world["student"], args, trainable=True)
+        with Saved() as saved:
+            student.base_model(torch.arange(200).view(4, 50), use_cache=False)
+        kept.append(saved.bytes(student))
+    assert kept[1] < 0.3 * kept[0], kept
+
+
+@pytest.mark.parametrize("device, world_size, says", [("cuda:99", "1", "must be a device here"), ("gpu", "1", "must be a device here"), ("cpu", "2", "under torchrun")])
+def test_a_teacher_device_that_is_not_there(device, world_size, says, world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(SystemExit, match=says):
+        check_args(opd.Args(**world | dict(teacher_device=device)))
+
+
+def test_rl_leaves_out_problems_without_an_answer(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [GSM8K, GSM8K | {"answer": ""}, GSM8K | {"answer": None}, GSM8K | {"answer": 0}])
+    assert [p.answer for p in tasks.load_problems(path, True, skip_unanswered=True)] == ["72", "0"]
+    assert "left out 2 rows" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="row 2"):
+        tasks.load_problems(path, True)

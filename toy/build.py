@@ -80,9 +80,9 @@ RESTATE = (0.025, 0.5, 0.9, 0.97)   # how likely the teacher says its answer aga
 LOOPS = 0.08                    # documents with repetitions put in, masked: the teacher hardly shows them itself
 TEACHER_RUN_ON = 0.08           # documents that run on: the teacher must know what to do with such a prefix
 
-STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-               num_key_value_heads=4, head_dim=16, tie_word_embeddings=True)
-STUDENT_STEPS, STUDENT_LR = 500, 2e-3
+STUDENT = dict(hidden_size=48, intermediate_size=144, num_hidden_layers=2, num_attention_heads=3,
+               num_key_value_heads=3, head_dim=16, tie_word_embeddings=True)
+STUDENT_STEPS, STUDENT_LR = 700, 2e-3
 STUDENT_NOISE = 0.25            # wrong digits per step in the text that the student has learned from
 STUDENT_ANSWERS = 0.5           # after two lines or more: answer, whatever the lines say, or write another
 STUDENT_STOPS = 0.7             # after an answer: <|endoftext|>, or run on into another problem ...

@@ -1,0 +1,143 @@
+"""A run loses nothing: killed anywhere, again and again, or out of disk space, it continues as if nothing had been."""
+
+import importlib
+import json
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+import transformers
+from conftest import read_log
+from test_scripts import run
+
+import common
+import runs
+
+SCRIPTS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd", "kl_mix", "curriculum", "grpo"]
+
+
+def arguments_of(script, world):
+    arguments = world | dict(steps=6, save_every=2, eval_every=3, eval_k=1)
+    if script == "curriculum":
+        arguments |= dict(lengths="2,4,6", h_min=0, held_out=2)
+    if script == "grpo":
+        arguments |= dict(group_size=2, batch_size=2)
+        del arguments["teacher"]
+    return arguments
+
+
+class Killed(BaseException):
+    """What kill -9 leaves behind: no handler of the program's own runs."""
+
+
+def die_at(patch, module, name, nth, before):
+    """Let the nth call of module.name be the last thing the process does: `before` it, or after its work is done."""
+    original, calls = getattr(module, name), []
+
+    def fatal(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == nth and before:
+            raise Killed
+        result = original(*args, **kwargs)
+        if len(calls) == nth:
+            raise Killed
+        return result
+
+    patch.setattr(module, name, fatal)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, tmp_path):
+    """Ten kills on the way to one result: sampling, scoring, updating, evaluating, logging, and at every stage of saving."""
+    module, arguments = importlib.import_module(script), arguments_of(script, world)
+    run(script, **arguments, out_dir=tmp_path / "whole/run")
+    cut = tmp_path / "cut/run"
+    source = "stored_rollouts" if script in ("sft_offpolicy", "offline_rl_distill") else "sample"
+    places = [
+        (module, "evaluate_all", 1, True),  # before the first update
+        (module, source, 2, False),
+        (common, "response_hidden", 5, False),  # while scoring
+        (torch.nn.utils, "clip_grad_norm_", 3, False),  # before the update of step 3, with step 2 saved
+        (module, "log", 1, False),
+        (module, "evaluate_all", 1, False),
+        (runs.dcp, "save", 1, True),  # while saving: nothing written
+        (runs.dcp, "save", 1, False),  # ... weights, but not how far the run is
+        (shutil, "rmtree", 2, False),  # ... all of it, under its provisional name
+        (shutil, "rmtree", 3, True),  # ... the new state, and the old one still there
+        (runs, "draw_curves", 1, False),  # all steps done, no model yet
+    ]
+    kills = 0
+    for module_or_library, name, nth, before in places:
+        with pytest.MonkeyPatch.context() as patch:
+            die_at(patch, module_or_library, name, nth, before)
+            try:
+                run(script, **arguments, out_dir=cut)
+            except Killed:
+                kills += 1
+        if name == "log":
+            with open(cut / "log.jsonl", "a") as file:
+                file.write('{"step": 3, "los')
+    assert kills >= 10 and not (cut / "model").exists()
+    run(script, **arguments, out_dir=cut)
+    assert read_log(cut) == read_log(tmp_path / "whole/run")
+    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / d / "run/model") for d in ("cut", "whole")]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models)))
+
+
+def room(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+class no_room:
+    """As on a full disk, no file can grow past so many bytes: the operating system itself fails the write. (To be used
+    with capsys: what pytest captures otherwise goes to files too.)"""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __enter__(self):
+        self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        self.old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        room(self.limit)
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.old)
+        signal.signal(signal.SIGXFSZ, self.handler)
+
+
+@pytest.mark.parametrize("limit, full", [(0, "args.json"), (2000, "state-4"), (60_000, "state-4")])
+def test_a_full_disk_ends_in_one_line_and_costs_nothing(limit, full, world, tmp_path, capsys):
+    arguments = arguments_of("opd", world)
+    run("opd", **arguments, out_dir=tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # a run that has saved step 2
+        die_at(patch, importlib.import_module("opd"), "evaluate_all", 2, True)
+        run("opd", **arguments, out_dir=cut)
+    state = {path.name: path.read_bytes() for path in (cut / "state-2").iterdir()}
+    with no_room(limit), pytest.raises(SystemExit, match=rf"error: cannot write \S*{full} \(.*\); .* intact: make room"):
+        run("opd", **arguments, out_dir=cut)
+    assert {path.name: path.read_bytes() for path in (cut / "state-2").iterdir()} == state
+    run("opd", **arguments, out_dir=cut)
+    assert read_log(cut) == read_log(tmp_path / "whole")
+
+
+def test_no_room_for_the_model_and_none_for_the_teachers_rollouts(world, tmp_path, capsys):
+    arguments = arguments_of("sft_offpolicy", world)
+    run("sft_offpolicy", **arguments, out_dir=tmp_path / "a/whole")
+    out = tmp_path / "b/run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "draw_curves", lambda out_dir: room(50))
+        with no_room(resource.RLIM_INFINITY), pytest.raises(SystemExit, match="cannot write .*model"):
+            run("sft_offpolicy", **arguments, out_dir=out)
+    assert not (out / "model").exists()
+    run("sft_offpolicy", **arguments, out_dir=out)
+    assert (out / "model").exists() and read_log(out) == read_log(tmp_path / "a/whole")
+    shutil.rmtree(tmp_path / "b/teacher_rollouts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.RolloutStore, "has", lambda self, key, n: room(50))
+        with no_room(resource.RLIM_INFINITY), pytest.raises(SystemExit, match="cannot write .*teacher_rollouts"):
+            run("sft_offpolicy", **arguments, out_dir=tmp_path / "b/other")
+    run("sft_offpolicy", **arguments, out_dir=tmp_path / "b/other")
+    assert [json.loads(line)["step"] for line in (tmp_path / "b/other/log.jsonl").open()] == list(range(7))
