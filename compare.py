@@ -59,8 +59,9 @@ def plan(args):
             runs[f"{script}-length-{length}"] = (script, base | dict(max_new_tokens=length))
     for lam in LAMBDAS:
         runs[f"kl_mix-{lam}"] = ("kl_mix", base | dict(lam=lam))
-    ladder = ",".join(map(str, lengths(args)))
-    runs["curriculum"] = ("curriculum", base | dict(lengths=ladder, h_min=H_MIN, on_closed="continue"))
+    for name, ladder, h_min in (("curriculum", lengths(args), H_MIN), ("two-lengths", lengths(args)[-2:], 0.0)):
+        ladder = ",".join(map(str, ladder))
+        runs[name] = ("curriculum", base | dict(lengths=ladder, h_min=h_min, on_closed="continue"))
     rl = dict(steps=args.rl_steps, eval_every=max(1, args.rl_steps // 4), max_new_tokens=args.length, save_every=10**6)
     for start in ("dagger_onpolicy", "opd"):
         runs[f"grpo-after-{start}"] = ("grpo", rl | dict(student=start))
@@ -210,6 +211,9 @@ def claims(args):
         Claim("Curriculum", "better Pass@8, equal steps", +1, "curriculum", "opd", "pass_at_k"),
         Claim("Curriculum", "... equal FLOPs", +1, "curriculum", "opd", "pass_at_k", equal_flops=True),
         Claim("Curriculum", "shorter responses, equal steps", -1, "curriculum", "opd", "eval_len"),
+        Claim("Curriculum", f"without gate, {args.length // 2} then {args.length} tokens: better Avg@8, equal steps", +1, "two-lengths", "opd"),
+        Claim("Curriculum", "... equal FLOPs", +1, "two-lengths", "opd", equal_flops=True),
+        Claim("Curriculum", "... Pass@8, equal FLOPs", +1, "two-lengths", "opd", "pass_at_k", equal_flops=True),
     ]  # fmt: skip
 
 
@@ -292,9 +296,13 @@ STYLE = {
     "dagger_onpolicy": (BLUE, "o", "student prefixes, forward KL (DAgger)"),
     "opd": (RED, "^", "student prefixes, reverse KL (OPD)"),
     "curriculum": (GREEN, "P", "entropy-gated curriculum, reverse KL"),
+    "two-lengths": (PINK, "X", "the last two lengths only, no gate"),
     "grpo-after-dagger_onpolicy": (BLUE, "o", "GRPO from forward KL (DAgger)"),
     "grpo-after-opd": (RED, "^", "GRPO from reverse KL (OPD)"),
 }
+
+
+LABELS = {"step": "step", "flops": "model FLOPs / 10¹²"}
 
 
 def figure(columns, title):
@@ -322,7 +330,7 @@ def curve(axis, paths, x, y, style):
     color, marker, label = style
     tables = [read(path) for path in paths]
     points = [[row.get(y, math.nan) for row in rows] for rows in zip(*tables)]
-    xs = [np.mean([row[x] for row in rows]) for rows in zip(*tables)]
+    xs = [np.mean([row[x] for row in rows]) / (1e12 if x == "flops" else 1) for rows in zip(*tables)]
     mean, ci = np.array([mean_ci(values) for values in points]).T
     axis.plot(xs, mean, color=color, marker=marker, label=label, markersize=7)
     axis.fill_between(xs, mean - np.nan_to_num(ci), mean + np.nan_to_num(ci), color=color, alpha=0.15, linewidth=0)
@@ -364,11 +372,11 @@ def draw_findings(groups, args):
     right.legend(frameon=False, fontsize=11)
     save(fig, out, "direction.png")
 
-    fig, axes = figure(3, "Prefix source: quality against steps, and against compute")
+    fig, axes = figure(3, "Prefix source: quality against steps, and against compute (sampling and teacher included)")
     for axis, x, y in zip(axes, ("step", "flops", "flops"), ("avg_at_k", "avg_at_k", "pass_at_k")):
         for name in grid:
             curve(axis, groups[name], x, y, STYLE[name])
-        axis.set(xlabel={"step": "step", "flops": "model FLOPs, sampling and teacher included"}[x], ylabel=METRICS[y])
+        axis.set(xlabel=LABELS[x], ylabel=METRICS[y])
     axes[0].legend(frameon=False, fontsize=11)
     save(fig, out, "prefixes.png")
 
@@ -390,7 +398,7 @@ def draw_findings(groups, args):
         axis.set(xlabel="λ", ylabel=METRICS[y], xticks=list(named))
     save(fig, out, "mixing.png")
 
-    fig, axes = figure(3, "How rollouts learn to end: the share that ends before the cap, while training")
+    fig, axes = figure(3, "Learning to end: how many rollouts end before the cap, while training")
     names = {"dagger_onpolicy": STYLE["dagger_onpolicy"], "kl_mix-0.25": (GREEN, "s", "λ = 0.25"),
              "kl_mix-0.75": (PINK, "D", "λ = 0.75"), "opd": STYLE["opd"]}  # fmt: skip
     for axis, y in zip(axes, ("ended", "response_len", "entropy")):
@@ -407,9 +415,9 @@ def draw_findings(groups, args):
     for axis, x, y in zip(
         axes, ("step", "flops", "step", "step"), ("avg_at_k", "avg_at_k", "eval_entropy", "eval_len")
     ):
-        for name in ("opd", "curriculum"):
+        for name in ("opd", "curriculum", "two-lengths"):
             curve(axis, groups[name], x, y, STYLE[name])
-        axis.set(xlabel={"step": "step", "flops": "model FLOPs"}[x], ylabel=METRICS[y])
+        axis.set(xlabel=LABELS[x], ylabel=METRICS[y])
     axes[0].legend(frameon=False, fontsize=11)
     save(fig, out, "curriculum.png")
 

@@ -20,11 +20,9 @@ Where this is our reading, and not the paper's words.
 - The optimizer's state is kept across stages, and the learning rate has one warm-up.
 
 Run it.
-    python curriculum.py                                 CPU, the embedded toy: about a minute
-    python curriculum.py --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main \\
-        --eval_data openai/gsm8k:main:test --lr 5e-7 --steps 1500 --batch_size 32 --micro_batch_size 8 \\
-        --max_new_tokens 1024 --eval_max_new_tokens 4096 --out_dir runs/qwen3     one GPU; not run by us, see README
-    torchrun --nproc_per_node 4 curriculum.py ...        the same run on several GPUs
+    python curriculum.py                                CPU, the embedded toy: about a minute
+    python curriculum.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us, see README
+    torchrun --nproc_per_node 4 curriculum.py ...       the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -138,7 +136,8 @@ def main(args: Args):
             group["lr"] = lr
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
         if not math.isfinite(loss + grad_norm):
-            refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}; {args.out_dir} keeps the last good state")
+            bad = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+            refuse(f"{bad}: lower --lr or look at the teacher; {args.out_dir} keeps the last good state")
         optimizer.step()
         optimizer.zero_grad()
 

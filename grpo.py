@@ -17,9 +17,10 @@ What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
 - A group in which all answers are worth the same has A = 0, and no gradient.
 
 Run it.
-    python grpo.py                                   CPU, the embedded toy's untrained student
-    python grpo.py --student runs/opd/model --out_dir runs/opd-grpo             after distillation
-    torchrun --nproc_per_node 4 grpo.py ...          the same run on several GPUs
+    python grpo.py                                                   CPU, the embedded toy's untrained student
+    python grpo.py --student runs/opd/model --out_dir runs/opd-grpo  after distillation
+    python grpo.py --recipe recipes/qwen3-grpo.txt                   Qwen3 after it, one GPU; not run by us, see README
+    torchrun --nproc_per_node 4 grpo.py ...                          the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -143,7 +144,8 @@ def main(args: Args):
                 group["lr"] = lr
             grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
             if not math.isfinite(loss + grad_norm):
-                refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}; {args.out_dir} keeps the last good state")
+                bad = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+                refuse(f"{bad}: lower --lr; {args.out_dir} keeps the last good state")
             optimizer.step()
             optimizer.zero_grad()
 

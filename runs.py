@@ -287,6 +287,8 @@ def _start(args):
     _check_out_dir(args)
     rewarded = hasattr(args, "group_size")  # rewards need answers, teachers do not
     train = load_problems(args.data, needs_answer=rewarded, skip_unanswered=rewarded)
+    if getattr(args, "held_out", 0) >= len(train):
+        refuse(f"--held_out is {args.held_out}, but {args.data} has {len(train)} rows: nothing would be left to train on")
     evals = {name: load_problems(name, needs_answer=True) for name in args.eval_data.split(",")}
     vocab = load_vocab(args, [train, *evals.values()])
     prompts = Prompts(p.prompt for p in train)

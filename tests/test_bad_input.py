@@ -337,6 +337,13 @@ def test_lengths_rise(changes):
         runs.check_args(curriculum.Args(**changes))
 
 
+def test_held_out_prompts_are_fewer_than_all(world, tmp_path):
+    import curriculum
+
+    with pytest.raises(SystemExit, match="--held_out is 12, but .* has 12 rows"):
+        runs.start(curriculum.Args(**world | dict(held_out=12, lengths="2,4", out_dir=str(tmp_path / "run"))))
+
+
 def test_latex_answers_need_math_verify(world, tmp_path, monkeypatch, loaded):
     """The line is what to type. A set with numbers and words only does not need the package."""
     monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import read_log
+from conftest import read_log, write_jsonl
 from test_scripts import run
 
 import compare
@@ -86,8 +86,9 @@ def test_compare_runs_what_is_missing_and_only_that(world, finished, tmp_path, m
     monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", InProcess)
     args = parse(compare.Args, f"--out_dir {tmp_path} --seeds 1 --steps 1 --rl_steps 1 --length 8".split())
     compare.main(args)
-    figures = {"direction.png", "prefixes.png", "length.png", "mixing.png", "curriculum.png", "rl.png"}
+    figures = {f"{name}.png" for name in "direction prefixes length mixing ending curriculum rl".split()}
     assert figures <= {p.name for p in tmp_path.iterdir()}
+    assert len((tmp_path / "findings.md").read_text().splitlines()) == 2 + len(compare.claims(args))
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(real(args))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/log.jsonl")}
     compare.run_all(args)
@@ -95,6 +96,36 @@ def test_compare_runs_what_is_missing_and_only_that(world, finished, tmp_path, m
     assert len(before) == len(real(args))
     table = compare.write_tables({"opd": [str(finished / "seed-0"), str(finished / "seed-1")]}, str(tmp_path))
     assert "| opd | 2 |" in table and table.count(" ± ") == len(compare.METRICS)
+
+
+def test_a_claim_is_found_or_not_by_its_interval(tmp_path):
+    """Three seeds of two made-up runs: b costs twice as much as a for each step."""
+
+    def made_up(name, values, cost):
+        paths = []
+        for seed, value in enumerate(values):
+            (tmp_path / f"{name}-{seed}").mkdir()
+            rows = [{"step": 0, "avg_at_k": 0.2, "pass_at_k": 0.4}]
+            rows += [{"step": s, "loss": 1.0, "flops": cost * s, "clip_ratio": 0.9 if s < 3 else 0.1} for s in (1, 2, 3)]
+            rows += [{"step": 4, "loss": 1.0, "flops": cost * 4, "clip_ratio": 0.1, "avg_at_k": value, "pass_at_k": 0.8}]
+            write_jsonl(tmp_path / f"{name}-{seed}/log.jsonl", rows)
+            paths.append(str(tmp_path / f"{name}-{seed}"))
+        return paths
+
+    groups = {"a": made_up("a", [0.5, 0.6, 0.7], 1.0), "b": made_up("b", [0.6, 0.72, 0.78], 2.0)}
+    claim = lambda sign, **more: compare.Claim("axis", "says", sign, **more)  # noqa: E731
+    assert compare.differences(claim(1, a="b", b="a"), groups) == pytest.approx([0.1, 0.12, 0.08])
+    # at a's last FLOPs, 4, b is half way from its 0.2 to its last value
+    assert compare.differences(claim(1, a="b", b="a", equal_flops=True), groups) == pytest.approx([-0.1, -0.14, -0.21])
+    assert compare.differences(claim(1, a="a", value="gain"), groups) == pytest.approx([0.3, 0.4, 0.5])
+    assert compare.differences(claim(1, a="a", value="inflated"), groups) == pytest.approx([0.5] * 3)
+    assert compare.differences(claim(1, a="a", value="pass_over_avg"), groups) == pytest.approx([1.6, 4 / 3, 8 / 7])
+    cases = [claim(1, a="b", b="a"), claim(-1, a="b", b="a"), claim(1, a="a", b="b", value="pass_at_k")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "claims", lambda args: cases)
+        lines = compare.write_findings(groups, compare.Args(out_dir=str(tmp_path))).splitlines()[2:]
+    assert [line.split(" | ")[-1].rstrip(" |") for line in lines] == ["found", "the opposite", "undecided"]
+    assert "+0.100 ± 0.050" in lines[0]
 
 
 class InProcess:
