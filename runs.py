@@ -66,7 +66,9 @@ def parse(Args, argv=None):
     parser.error = lambda message: refuse(f"{message} (--help lists the arguments)")
     parser.add_argument("--recipe", metavar="FILE", help="read arguments from a file; those given here come first")
     argv = _with_recipe(sys.argv[1:] if argv is None else argv)
-    args, *_, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    args, *_, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         refuse(f"unknown argument {unknown[0]} (--help lists the arguments)")
     return args
@@ -132,7 +134,9 @@ def check_args(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = getattr(args, "teacher_device", "")
     if device and world > 1:
-        refuse(f"--teacher_device is {device!r}, but under torchrun the teacher is sharded like the student: leave it out")
+        refuse(
+            f"--teacher_device is {device!r}, but under torchrun the teacher is sharded like the student: leave it out"
+        )
     try:
         if device:
             torch.empty(0, device=device)
@@ -288,7 +292,9 @@ def _start(args):
     rewarded = hasattr(args, "group_size")  # rewards need answers, teachers do not
     train = load_problems(args.data, needs_answer=rewarded, skip_unanswered=rewarded)
     if getattr(args, "held_out", 0) >= len(train):
-        refuse(f"--held_out is {args.held_out}, but {args.data} has {len(train)} rows: nothing would be left to train on")
+        refuse(
+            f"--held_out is {args.held_out}, but {args.data} has {len(train)} rows: nothing would be left to train on"
+        )
     evals = {name: load_problems(name, needs_answer=True) for name in args.eval_data.split(",")}
     vocab = load_vocab(args, [train, *evals.values()])
     prompts = Prompts(p.prompt for p in train)
@@ -483,7 +489,10 @@ class RolloutStore:
         """Keep records [(row, sample, token ids, did it end, cap)], the same on all processes, and write them down."""
         self._keep(records)
         if is_main():
-            with writing(self.path), open(self.path, "a") as file:  # newline first: a line cut short by a kill stays alone
+            with (
+                writing(self.path),
+                open(self.path, "a") as file,
+            ):  # newline first: a line cut short by a kill stays alone
                 file.writelines("\n" + json.dumps(record) for record in records)
 
 
@@ -574,7 +583,9 @@ def writing(path):
         yield
     except (OSError, safetensors.SafetensorError, dcp.api.CheckpointException) as error:
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1][:200]
-        refuse(f"cannot write {path} ({reason}); the last good state is intact: make room, then run the same command again")
+        refuse(
+            f"cannot write {path} ({reason}); the last good state is intact: make room, then run the same command again"
+        )
 
 
 def log(args, row):

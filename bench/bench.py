@@ -76,8 +76,18 @@ REFERENCE = "trl_distillation"  # what the ratios are relative to
 PRESETS = {  # models by name (see model_config), sizes in tokens and sequences
     "toy": dict(vocab=256, student="128x2", teacher="256x4", batch_size=16, prompt_len=32, max_new_tokens=64),
     "real": dict(vocab=151_936, student="64x2", teacher="128x2", batch_size=8, prompt_len=32, max_new_tokens=64),
-    "mid": dict(vocab=151_936, student="256x4", teacher="512x8", batch_size=4, prompt_len=64, max_new_tokens=64, tied=True),
-    "h200": dict(vocab=151_936, student="0.6B", teacher="4B", batch_size=32, micro_batch_size=8, prompt_len=128, max_new_tokens=1024),
+    "mid": dict(
+        vocab=151_936, student="256x4", teacher="512x8", batch_size=4, prompt_len=64, max_new_tokens=64, tied=True
+    ),
+    "h200": dict(
+        vocab=151_936,
+        student="0.6B",
+        teacher="4B",
+        batch_size=32,
+        micro_batch_size=8,
+        prompt_len=128,
+        max_new_tokens=1024,
+    ),
 }
 TARGETS = {  # what we want to reach: ours / trl_distillation, and on the GPU also in seconds and GiB
     "toy": dict(time=0.80, memory=0.90),
@@ -154,7 +164,9 @@ def make_case(args, tokens=0):
     sizes = dict(PRESETS[args.preset])
     sizes |= {k: getattr(args, k) for k in ("student", "teacher", "batch_size", "max_new_tokens") if getattr(args, k)}
     if args.shrink:
-        sizes |= dict(vocab=1000, batch_size=4, prompt_len=8, max_new_tokens=args.max_new_tokens or 8, micro_batch_size=2)
+        sizes |= dict(
+            vocab=1000, batch_size=4, prompt_len=8, max_new_tokens=args.max_new_tokens or 8, micro_batch_size=2
+        )
     micro = args.micro_batch_size or sizes.get("micro_batch_size", sizes["batch_size"])
     sizes["micro_batch_size"] = micro = min(micro, sizes["batch_size"])
     if sizes["batch_size"] % micro:
@@ -373,7 +385,9 @@ def run_plain(case, clock):
 def run_trl(case, clock, gkd, checkpointing):
     student, teacher = build(case, autocast=False)
     tokenizer = id_tokenizer(case.vocab)
-    prompts = [ids for step in range(case.steps + 2) for ids in random_ids(case, case.batch_size, case.prompt_len, stream=step)]
+    prompts = [
+        ids for step in range(case.steps + 2) for ids in random_ids(case, case.batch_size, case.prompt_len, stream=step)
+    ]
     with tempfile.TemporaryDirectory() as out_dir:
         options = dict(
             output_dir=out_dir, max_steps=case.steps + 2, per_device_train_batch_size=case.micro_batch_size,

@@ -106,8 +106,12 @@ def test_a_claim_is_found_or_not_by_its_interval(tmp_path):
         for seed, value in enumerate(values):
             (tmp_path / f"{name}-{seed}").mkdir()
             rows = [{"step": 0, "avg_at_k": 0.2, "pass_at_k": 0.4}]
-            rows += [{"step": s, "loss": 1.0, "flops": cost * s, "clip_ratio": 0.9 if s < 3 else 0.1} for s in (1, 2, 3)]
-            rows += [{"step": 4, "loss": 1.0, "flops": cost * 4, "clip_ratio": 0.1, "avg_at_k": value, "pass_at_k": 0.8}]
+            rows += [
+                {"step": s, "loss": 1.0, "flops": cost * s, "clip_ratio": 0.9 if s < 3 else 0.1} for s in (1, 2, 3)
+            ]
+            rows += [
+                {"step": 4, "loss": 1.0, "flops": cost * 4, "clip_ratio": 0.1, "avg_at_k": value, "pass_at_k": 0.8}
+            ]
             write_jsonl(tmp_path / f"{name}-{seed}/log.jsonl", rows)
             paths.append(str(tmp_path / f"{name}-{seed}"))
         return paths

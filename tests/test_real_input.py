@@ -140,13 +140,20 @@ PAPER = dict(  # what design and docstring of the recipes say of the paper and i
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd", "kl_mix", "curriculum"])
+@pytest.mark.parametrize(
+    "script", ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd", "kl_mix", "curriculum"]
+)
 @pytest.mark.parametrize("teacher", ["4B", "8B"])
 def test_one_flag_brings_the_papers_setting(script, teacher):
     module = importlib.import_module(script)
     args = parse(module.Args, ["--recipe", str(ROOT / f"recipes/qwen3-{teacher.lower()}.txt"), "--seed", "7"])
     assert vars(args) == vars(args) | PAPER | {"teacher": f"Qwen/Qwen3-{teacher}", "seed": 7}
-    assert [name.split(":")[0].split("/")[1] for name in args.eval_data.split(",")] == ["aime_2024", "amc23", "MATH-500", "gsm8k"]
+    assert [name.split(":")[0].split("/")[1] for name in args.eval_data.split(",")] == [
+        "aime_2024",
+        "amc23",
+        "MATH-500",
+        "gsm8k",
+    ]
 
 
 def test_every_value_of_a_recipe_says_whose_it_is():
@@ -163,7 +170,11 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
         assert (args.lr, args.steps, args.out_dir) == (5e-7, 9, "a folder")
     grpo = importlib.import_module("grpo")
     assert parse(grpo.Args, ["--recipe", str(ROOT / "recipes/qwen3-grpo.txt")]).group_size == 8
-    for content, says in ((None, "cannot be read"), ("--lr 'x", "cannot be read"), ("--learning_rate 1", "unknown argument --learning_rate")):
+    for content, says in (
+        (None, "cannot be read"),
+        ("--lr 'x", "cannot be read"),
+        ("--learning_rate 1", "unknown argument --learning_rate"),
+    ):
         recipe.unlink(missing_ok=True)
         if content:
             recipe.write_text(content)
@@ -214,7 +225,10 @@ def test_checkpointing_keeps_less_for_the_backward_pass(world):
     assert kept[1] < 0.3 * kept[0], kept
 
 
-@pytest.mark.parametrize("device, world_size, says", [("cuda:99", "1", "must be a device here"), ("gpu", "1", "must be a device here"), ("cpu", "2", "under torchrun")])
+@pytest.mark.parametrize(
+    "device, world_size, says",
+    [("cuda:99", "1", "must be a device here"), ("gpu", "1", "must be a device here"), ("cpu", "2", "under torchrun")],
+)
 def test_a_teacher_device_that_is_not_there(device, world_size, says, world, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(SystemExit, match=says):
@@ -222,7 +236,9 @@ def test_a_teacher_device_that_is_not_there(device, world_size, says, world, mon
 
 
 def test_rl_leaves_out_problems_without_an_answer(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "a.jsonl", [GSM8K, GSM8K | {"answer": ""}, GSM8K | {"answer": None}, GSM8K | {"answer": 0}])
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [GSM8K, GSM8K | {"answer": ""}, GSM8K | {"answer": None}, GSM8K | {"answer": 0}]
+    )
     assert [p.answer for p in tasks.load_problems(path, True, skip_unanswered=True)] == ["72", "0"]
     assert "left out 2 rows" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="row 2"):

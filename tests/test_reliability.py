@@ -116,7 +116,10 @@ def test_a_full_disk_ends_in_one_line_and_costs_nothing(limit, full, world, tmp_
         die_at(patch, importlib.import_module("opd"), "evaluate_all", 2, True)
         run("opd", **arguments, out_dir=cut)
     state = {path.name: path.read_bytes() for path in (cut / "state-2").iterdir()}
-    with no_room(limit), pytest.raises(SystemExit, match=rf"error: cannot write \S*{full} \(.*\); .* intact: make room"):
+    with (
+        no_room(limit),
+        pytest.raises(SystemExit, match=rf"error: cannot write \S*{full} \(.*\); .* intact: make room"),
+    ):
         run("opd", **arguments, out_dir=cut)
     assert {path.name: path.read_bytes() for path in (cut / "state-2").iterdir()} == state
     run("opd", **arguments, out_dir=cut)
