@@ -25,11 +25,18 @@ def sgd(params, lr, **others):
     return torch.optim.SGD(params, lr=lr)
 
 
+def even_length(text, answer):
+    """A reward that random models get now and then, so that GRPO has something to reinforce."""
+    return len(text) % 2 == 0
+
+
 def work(jobs):
     torch.set_num_threads(1)
     for script, arguments in jobs:
         module = importlib.import_module(script)
         torch.optim.AdamW = sgd if arguments.pop("sgd", 0) else ADAMW
+        if script == "grpo":
+            module.grade = even_length
         if "SICK_AT" in os.environ:
             healthy = module.sample
 

@@ -1,5 +1,6 @@
 """One, two and four processes, and two nodes, do the same: rollouts, loss, gradient, evaluation; states move."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -72,15 +73,20 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
     one_step = dict(steps=1, lr=1.0, eval_every=0)
 
     def jobs(name, kinds, **more):
-        return [
-            (s, arguments[k] | one_step | more | {"out_dir": str(tmp_path / name / f"{s}-{k}" / "run")})
-            for s, k in kinds
-        ]
+        made = []
+        for s, k in kinds:
+            job = arguments[k] | one_step | more | {"out_dir": str(tmp_path / name / f"{s}-{k}" / "run")}
+            if s == "grpo":
+                del job["teacher"]
+            made.append((s, job | dict(curriculum=dict(lengths="30", held_out=3), grpo=dict(group_size=2)).get(s, {})))
+        return made
 
     every = [(script, "tied") for script in SCRIPTS] + [("opd", "untied"), ("sft_offpolicy", "untied")]
+    every += [("kl_mix", "tied"), ("curriculum", "tied"), ("grpo", "tied")]
     two = start(2, jobs("2", every, sgd=True), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", distributed_worker.sgd)
+        patch.setattr(importlib.import_module("grpo"), "grade", distributed_worker.even_length)
         for script, job in jobs("1", every):
             run(script, **job)
     succeed(two)
@@ -105,6 +111,7 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
         script, kind = path.name.split("-")
         alone = read_log(path / "run")
         assert alone[1]["response_len"] % 1, "responses of different lengths"
+        assert alone[1]["grad_norm"] > 0
         before = transformers.AutoModelForCausalLM.from_pretrained(arguments[kind]["student"]).state_dict()
         after = transformers.AutoModelForCausalLM.from_pretrained(path / "run/model").state_dict()
         for other in [tmp_path / name / path.name / "run" for name in ("2", "4", "nodes")]:
@@ -119,7 +126,7 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
                 rounding = 2e-7 * weight.norm()  # of the weight itself, in fp32
                 assert (step - expected).norm() <= 1e-5 * expected.norm() + rounding, (other, name)
             compared += 1
-    assert compared == 6 + 2 + 1
+    assert compared == 9 + 2 + 1
 
 
 def test_a_failing_process_ends_the_job_and_its_state_resumes_under_one_and_four(arguments, tmp_path):
