@@ -84,11 +84,13 @@ class Budget:
     cache: float  # KV cache while sampling
     activations: float  # of a micro-batch, between forward and backward pass
     logits: float  # vocabulary-sized fp32 tensors of one chunk
+    evaluation: float  # KV cache while evaluating
 
     @property
     def total(self):
-        """Sampling and training take turns."""
-        return self.student + self.copies + self.teacher + max(self.cache, self.activations + self.logits)
+        """Sampling, training and evaluating take turns."""
+        turns = (self.cache, self.activations + self.logits, self.evaluation)
+        return self.student + self.copies + self.teacher + max(turns)
 
 
 def test_the_cache_formula_is_what_a_cache_takes():
@@ -119,6 +121,7 @@ def budget(recipe, *more):
         teacher=2 * parameters(args.teacher.split("Qwen3-")[1]),
         cache=cache_bytes(student, args.batch_size, tokens),
         activations=kept,
+        evaluation=cache_bytes(student, args.eval_batch_size, 128 + args.eval_max_new_tokens),
         logits=5 * 4 * 2**27,  # two models' logits and log-probabilities, and one more for what comes of them
     )
 
@@ -139,7 +142,7 @@ def budgets():
 def test_readme_says_what_the_recipes_need(budgets):
     rows = re.findall(r"^\| (\w+)[^|]* \|((?: [\d.]+ \|){4})$", (ROOT / "README.md").read_text(), re.M)
     found = {name: [float(n) for n in numbers.split("|")[:-1]] for name, numbers in rows}
-    for part in ("student", "copies", "teacher", "cache", "activations", "logits", "total"):
+    for part in ("student", "copies", "teacher", "cache", "activations", "logits", "evaluation", "total"):
         expected = [getattr(b, part) / GB for b in budgets.values()]
         assert found[part] == pytest.approx(expected, abs=0.06), part
 
