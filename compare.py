@@ -252,7 +252,8 @@ def write_findings(groups, args):
     lines = ["| | the paper | here: difference over seeds | |", "|---|---|---|---|"]
     for claim in claims(args):
         mean, ci = mean_ci(differences(claim, groups))
-        verdict = "undecided" if not abs(mean) > ci else "found" if mean * claim.sign > 0 else "the opposite"
+        verdict = "undecided" if abs(mean) <= ci else "found" if mean * claim.sign > 0 else "the opposite"
+        verdict = f"{verdict}, one seed" if math.isnan(ci) else verdict
         unit = {"eval_len": 1}.get(claim.value, 3)
         interval = "" if math.isnan(ci) else f" ± {ci:.{unit}f}"
         lines.append(f"| {claim.axis} | {claim.says} | {mean:+.{unit}f}{interval} | {verdict} |")
