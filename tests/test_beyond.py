@@ -1,15 +1,14 @@
 """Beyond the 2x2: the mixture, the curriculum, and the reinforcement learning that follows."""
 
-import importlib
 import json
 
 import pytest
 import torch
 import transformers
 from conftest import read_log
-from test_scripts import Killed, code_diff, run
+from test_reliability import Killed
+from test_scripts import code_diff, run
 
-import common
 from common import make_rollouts, token_log_probs
 from runs import Vocab
 
@@ -275,27 +274,3 @@ def test_grpo_first_gradient_is_the_policy_gradient_of_the_definition(world, tmp
         loss = loss - a * log_probs[-int(mask.sum()) :].sum() / rollouts.mask.sum()
     grads = torch.autograd.grad(loss, list(model.parameters()))
     torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in grads]), rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("script", ["kl_mix", "grpo"])
-def test_they_too_go_on_exactly_after_a_kill(script, world, tmp_path, monkeypatch):
-    module = importlib.import_module(script)
-    arguments = world | dict(steps=5, save_every=2, eval_every=0)
-    if script == "grpo":
-        del arguments["teacher"]
-        monkeypatch.setattr(module, "grade", grade_by_length)
-        arguments |= dict(updates_per_step=2)
-    run(script, **arguments, out_dir=tmp_path / "whole")
-    original, calls = module.sample, []
-
-    def kill(*a, **k):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Killed
-        return original(*a, **k)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(module, "sample", kill)
-        run(script, **arguments, out_dir=tmp_path / "cut")
-    run(script, **arguments, out_dir=tmp_path / "cut")
-    assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")

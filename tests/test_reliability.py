@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import read_log
+from distributed_worker import even_length
 from test_scripts import run
 
 import common
@@ -23,7 +24,7 @@ def arguments_of(script, world):
     if script == "curriculum":
         arguments |= dict(lengths="2,4,6", h_min=0, held_out=2)
     if script == "grpo":
-        arguments |= dict(group_size=2, batch_size=2)
+        arguments |= dict(group_size=2, batch_size=2, updates_per_step=2)
         del arguments["teacher"]
     return arguments
 
@@ -49,9 +50,11 @@ def die_at(patch, module, name, nth, before):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, tmp_path):
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, tmp_path, monkeypatch):
     """Ten kills on the way to one result: sampling, scoring, updating, evaluating, logging, and at every stage of saving."""
     module, arguments = importlib.import_module(script), arguments_of(script, world)
+    if script == "grpo":
+        monkeypatch.setattr(module, "grade", even_length)
     run(script, **arguments, out_dir=tmp_path / "whole/run")
     cut = tmp_path / "cut/run"
     source = "stored_rollouts" if script in ("sft_offpolicy", "offline_rl_distill") else "sample"

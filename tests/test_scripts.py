@@ -149,45 +149,8 @@ def test_sampling_temperature_does_not_reach_the_loss(world, tmp_path):
 # Stopping and going on
 
 
-class Killed(BaseException):
-    """As sudden as kill -9: nothing in the program catches it."""
-
-
-@pytest.mark.parametrize(
-    "script, where",
-    [("opd", where) for where in ("sample", "weighted_kl", "evaluate_all", "save_state", "log", "finish")]
-    + [("sft_offpolicy", "sample"), ("sft_offpolicy", "log"), ("sft_offpolicy", "evaluate_all")],
-)
-def test_a_killed_run_goes_on_exactly(script, where, world, tmp_path, monkeypatch):
-    arguments = world | dict(steps=6, save_every=2, eval_every=3)
-    run(script, **arguments, out_dir=tmp_path / "whole/run")
-    module = importlib.import_module(script)
-    where = "stored_rollouts" if (script, where) == ("sft_offpolicy", "sample") else where
-    original, calls = getattr(module, where), []
-
-    def kill(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == {"save_state": 2, "evaluate_all": 2, "finish": 1}.get(where, 4):
-            if where == "save_state":  # half of a state has been written
-                (tmp_path / "cut/run/state.partial").mkdir()
-                (tmp_path / "cut/run/state.partial/.metadata").write_bytes(b"half")
-            raise Killed
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(module, where, kill)
-        run(script, **arguments, out_dir=tmp_path / "cut/run")
-    if where == "log":  # the last line was being written
-        with open(tmp_path / "cut/run/log.jsonl", "a") as file:
-            file.write('{"step": 4, "los')
-    run(script, **arguments, out_dir=tmp_path / "cut/run")
-    assert read_log(tmp_path / "cut/run") == read_log(tmp_path / "whole/run")
-    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / d / "run/model") for d in ("cut", "whole")]
-    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models)))
-
-
 def test_kill_9_and_ctrl_c_from_outside(world, tmp_path):
-    """The same with real signals to a real process. Ctrl-C finishes the step, saves, and says how to continue."""
+    """With real signals to a real process (test_reliability.py has every other place). Ctrl-C finishes the step, saves, and says how to continue."""
     arguments = argv(world | dict(steps=40, save_every=5, eval_every=0))
     command = [sys.executable, str(ROOT / "opd.py"), *arguments, "--out_dir", str(tmp_path / "cut")]
     log = tmp_path / "cut/log.jsonl"
