@@ -64,7 +64,7 @@ def parse(Args, argv=None):
         formatter_class=_HelpFormatter,
     )  # fmt: skip
     parser.error = lambda message: refuse(f"{message} (--help lists the arguments)")
-    parser.add_argument("--recipe", metavar="FILE", help="read arguments from a file; those given here come first")
+    parser.add_argument("--recipe", metavar="FILE", help="a file of arguments, read first: the command line wins")
     argv = _with_recipe(sys.argv[1:] if argv is None else argv)
     args, *_, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
