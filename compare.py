@@ -2,7 +2,7 @@
 
     python compare.py                       all runs of the findings, 5 seeds, 2 at a time; then tables and figures
     python compare.py --quick               one seed and a fifth of the time: the shape of it all
-    python compare.py runs/opd runs/sft_offpolicy        draw these output directories together, run nothing
+    python compare.py runs/opd runs/sft_offpolicy        draw these output directories together, in runs/together
 
 Every run is an ordinary run of an ordinary script, in --out_dir/NAME/seed-N. Finished runs are never repeated, and an
 interrupted comparison continues where it was. What is written to --out_dir: table.md and runs.csv (means over seeds,
@@ -447,6 +447,8 @@ def draw_together(groups, out_dir):
 def main(args: Args):
     if args.quick:
         args.seeds, args.out_dir = 1, args.out_dir + "-quick"
+    if args.dirs and args.out_dir == Args.out_dir:  # not over the tables of the findings
+        args.out_dir = "runs/together"
     os.makedirs(args.out_dir, exist_ok=True)
     if args.dirs:
         groups = {path: [path] for path in args.dirs}
