@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from runs import RolloutStore, decoding_precision, gather, total, whole_weights
+from runs import RolloutStore, body, gather, precision, total, whole_weights
 from tasks import refuse
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -118,6 +118,57 @@ def entropy(logits):
     return -(q * log_q.clamp(min=torch.finfo(q.dtype).min)).sum(-1)  # 0 · log 0 = 0
 
 
+def as_one_end(logits, end_ids):
+    """The logits of the same distribution with all end tokens as one: p(end) = Σ p(y) over y in end_ids.
+
+    (..., V) -> (..., V − len(end_ids) + 1), differentiable; the one end stands last. A base student says <|endoftext|>
+    where its chat teacher says <|im_end|>: told apart, reverse KL punishes the student for ending. Summing is
+    coarse-graining, so by the data-processing inequality no KL grows by it.
+    """
+    end_ids = torch.tensor(end_ids, device=logits.device)
+    others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device).index_fill_(0, end_ids, False)
+    return torch.cat([logits[..., others], logits[..., end_ids].logsumexp(-1, keepdim=True)], -1)
+
+
+class Head:
+    """A model's LM head: hidden states (n, H) -> logits (n, V), over the common vocabulary, in fp32.
+
+    Sampler and loss both go through it, so that what is scored is what was sampled. Operands are in the precision that
+    the model computes in: `weight` (V, H) and `bias` (V) are copies in it, `parameters` the model's own.
+    """
+
+    def __init__(self, model, vocab, device=None):
+        head, config = model.get_output_embeddings(), model.config.get_text_config()
+        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                refuse(f"{type(model).__name__} scales its logits ({name}): the chunked head does not, add it there")
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if len(weight) > vocab.size:  # slicing only where it crops: its backward is a copy of the whole
+            weight, bias = weight[: vocab.size], None if bias is None else bias[: vocab.size]
+        dtype = torch.bfloat16 if getattr(model, "autocasts", False) else weight.dtype
+        self.parameters = weight, bias
+        self.weight, self.bias = (None if x is None else x.detach().to(device, dtype) for x in (weight, bias))
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+
+    def __call__(self, hidden):
+        return self.cap(self.linear(hidden))
+
+    def linear(self, hidden):
+        logits = _matmul(hidden.to(self.weight.dtype), self.weight.T)
+        return logits if self.bias is None else logits + self.bias
+
+    def cap(self, logits):
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def _matmul(a, b):
+    """a @ b for matrices; of half-precision ones in fp32, in which a GPU adds them up anyway. (A CPU lacks that kernel:
+    there the product is rounded once.)"""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """LM head and token loss, one chunk of tokens at a time, with the gradient formed in the forward pass.
 
@@ -128,17 +179,17 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, bias, token_loss, weights, softcap, chunk):
-        dtype = torch.promote_types(head.dtype, torch.float32)  # many small chunks are added up: not in bf16
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=dtype)
+    def forward(ctx, hidden, weight, bias, head, token_loss, weights, chunk):
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # many small chunks are added up: not in bf16
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
         loss, mean_entropy = weights.new_zeros(()), weights.new_zeros(())
 
         def grad_logits(c):  # a function of its own, so that what is V wide goes when it returns
             nonlocal loss, mean_entropy
-            logits = F.linear(hidden[c], head, bias).requires_grad_()  # (n, V), a leaf: forward records no graph
+            logits = head.linear(hidden[c]).requires_grad_()  # (n, V), a leaf: forward records no graph
             with torch.enable_grad():
-                capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                capped = head.cap(logits)
             mean_entropy = mean_entropy + (entropy(capped.detach()) * weights[c]).sum()
             with torch.enable_grad():
                 losses = token_loss(capped, c)  # (n,)
@@ -147,15 +198,16 @@ class _ChunkedLoss(torch.autograd.Function):
 
         for c in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
             grad = grad_logits(c)
-            grad_hidden[c] = grad @ head
-            if grad_head.dtype == grad.dtype:
-                grad_head.addmm_(grad.T, hidden[c])
-            else:
-                grad_head += grad.T @ hidden[c]
             if bias is not None:
                 grad_bias += grad.sum(0)
+            grad, states = grad.to(head.weight.dtype), hidden[c].to(head.weight.dtype)
+            grad_hidden[c] = _matmul(grad, head.weight).to(hidden.dtype)
+            if grad.dtype == dtype:
+                grad_weight.addmm_(grad.T, states)
+            else:
+                grad_weight += _matmul(grad.T, states)
             del grad
-        ctx.grads = grad_hidden, grad_head.to(head.dtype), None if bias is None else grad_bias.to(bias.dtype)
+        ctx.grads = grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
         ctx.mark_non_differentiable(mean_entropy)
         return loss, mean_entropy
 
@@ -178,9 +230,9 @@ def weighted_loss(token_loss, model, batch, weights, vocab, chunk=None):
     -> loss (), differentiable in the model's parameters, and Σ weights · entropy (), detached, in nats.
     """
     hidden = response_hidden(model, batch)  # (N, H): only real response tokens, so padding cannot leak
-    head, bias, softcap = _head(model, vocab, hidden.dtype)
+    head = Head(model, vocab)
     chunk, weights = chunk or _chunk(hidden, vocab), weights[batch.mask].to(hidden.device)
-    return _ChunkedLoss.apply(hidden, head, bias, token_loss, weights, softcap, chunk)
+    return _ChunkedLoss.apply(hidden, *head.parameters, head, token_loss, weights, chunk)
 
 
 def _chunk(hidden, vocab):
@@ -189,23 +241,25 @@ def _chunk(hidden, vocab):
     return max(16, tokens // 16 * 16)  # matrix products like multiples of 16 rows
 
 
-def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, chunk=None):
+def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, ends="apart", chunk=None):
     """Σ weights · divergence(q_θ, p_T) over the response tokens of a batch of rollouts.
 
     divergence: forward_kl, reverse_kl or any function of two logit tensors (n, V), (n, V) -> (n,); one that has no
     `u` argument works without the sampled estimator. u (B, R): uniform numbers for the sampled estimator.
+    ends: "apart" compares the distributions as they are, "as_one" with all end tokens as one action (see as_one_end).
     weights (B, R), chunk and what is returned: as in weighted_loss.
     """
     device = next(student.parameters()).device  # the teacher may be on another one: what crosses over is H wide
     with torch.no_grad():
         teacher_hidden = response_hidden(teacher, batch).to(device)  # (N, H_T)
-        head, bias, softcap = _head(teacher, vocab, teacher_hidden.dtype, device)
+        teacher_head = Head(teacher, vocab, device)
     u = None if u is None else u[batch.mask.to(u.device)].to(device)
 
     def token_kl(logits, c):
         with torch.no_grad():
-            teacher_logits = F.linear(teacher_hidden[c], head, bias)
-            teacher_logits = teacher_logits if softcap is None else softcap * torch.tanh(teacher_logits / softcap)
+            teacher_logits = teacher_head(teacher_hidden[c])
+        if ends == "as_one":
+            logits, teacher_logits = (as_one_end(x, vocab.end_ids) for x in (logits, teacher_logits))
         return divergence(logits, teacher_logits, **({} if u is None else {"u": u[c]}))
 
     return weighted_loss(token_kl, student, batch, weights, vocab, chunk)
@@ -215,43 +269,25 @@ def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, chu
 def token_log_probs(model, batch, vocab, chunk=None):
     """log q(y_t|s_t) at T = 1 of a batch's own response tokens. -> (N,), N = batch.mask.sum(), in nats."""
     tokens, hidden = batch.ids[:, batch.prompt_len :][batch.mask], response_hidden(model, batch)
-    head, bias, softcap = _head(model, vocab, hidden.dtype)
-    log_probs = []
-    for h, y in zip(hidden.split(chunk or _chunk(hidden, vocab)), tokens.split(chunk or _chunk(hidden, vocab))):
-        logits = F.linear(h, head, bias)
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        log_probs.append(logits.float().log_softmax(-1).gather(-1, y[:, None])[:, 0])
+    head, n = Head(model, vocab), chunk or _chunk(hidden, vocab)
+    log_probs = [head(h).log_softmax(-1).gather(-1, y[:, None])[:, 0] for h, y in zip(hidden.split(n), tokens.split(n))]
     return torch.cat(log_probs)
 
 
 def response_hidden(model, batch):
     """The last hidden states that predict the batch's response tokens. -> (N, H), N = batch.mask.sum().
 
-    Token t is predicted at position t − 1, so response tokens P … P+R−1 are scored at positions P−1 … P+R−2. A
-    forward hook takes the states on their way to the LM head, because only a call of the whole model works when its
-    parameters are sharded; the one position that the head itself sees is thrown away.
+    Every row is rolled to the left by its padding. Then it begins at column 0, and causal attention alone keeps it from
+    seeing anything that is not its own past: no mask, which attention kernels are slow with, or wrong (on rows that see
+    nothing at all). What stands behind a row's end is computed in vain, as padding is.
     """
-    states = []
-    hook = model.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
-    try:
-        device = next(model.parameters()).device
-        model(**{name: x.to(device) for name, x in batch.inputs().items()}, use_cache=False, logits_to_keep=1)
-    finally:
-        hook.remove()
-    return states[0][:, batch.prompt_len - 1 : -1][batch.mask.to(device)]
-
-
-def _head(model, vocab, dtype, device=None):
-    """The LM head's weight (V, H) and bias (V) or None, cropped to the common vocabulary, and its soft cap or None."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            refuse(f"{type(model).__name__} scales its logits ({name}): the chunked head does not, add it there")
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if len(weight) > vocab.size:  # slicing only where it crops: its backward is a copy of the whole
-        weight, bias = weight[: vocab.size], None if bias is None else bias[: vocab.size]
-    weight, bias = weight.to(device, dtype), None if bias is None else bias.to(device, dtype)
-    return weight, bias, getattr(config, "final_logit_softcapping", None)
+    device, (B, T) = next(model.parameters()).device, batch.ids.shape
+    order = (torch.arange(T, device=batch.ids.device) + (~batch.prompt_mask).sum(1, keepdim=True)) % T
+    is_response = torch.cat([torch.zeros_like(batch.prompt_mask), batch.mask], 1)
+    ids, is_response = (x.gather(1, order).to(device) for x in (batch.ids, is_response))
+    with precision(model):
+        hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+    return hidden[:, :-1][is_response[:, 1:]]  # token t is predicted at position t − 1
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -291,15 +327,18 @@ class Rollouts:
             return {"input_ids": self.ids}
         return {"input_ids": self.ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
+    def take(self, rows):
+        """-> the Rollouts of these rows (a tensor of their numbers), with no more padding than they need."""
+        mask, prompt_mask = self.mask[rows], self.prompt_mask[rows]
+        R, P = int(mask.sum(1).max()), int(prompt_mask.sum(1).max())
+        ids = self.ids[rows, self.prompt_len - P : self.prompt_len + R]
+        keys = [self.keys[i] for i in rows.tolist()]
+        return Rollouts(ids, prompt_mask[:, self.prompt_len - P :], mask[:, :R], self.ended[rows], keys)
+
     def split(self, n):
         """-> micro-batches of at most n rows, sorted by response length so that little of them is padding."""
-        order = self.mask.sum(1).argsort(stable=True)
-        for rows in order.split(n):
-            mask, prompt_mask = self.mask[rows], self.prompt_mask[rows]
-            R, P = int(mask.sum(1).max()), int(prompt_mask.sum(1).max())
-            ids = self.ids[rows, self.prompt_len - P : self.prompt_len + R]
-            keys = [self.keys[i] for i in rows.tolist()]
-            yield Rollouts(ids, prompt_mask[:, self.prompt_len - P :], mask[:, :R], self.ended[rows], keys)
+        for rows in self.mask.sum(1).argsort(stable=True).split(n):
+            yield self.take(rows)
 
 
 def make_rollouts(prompts, responses, ended, keys, vocab, device):
@@ -345,35 +384,33 @@ def sampling_logits(logits, temperature=1.0, top_p=1.0, top_k=0):
     """
     if temperature == 0:
         top_k, temperature = 1, 1.0
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        best = logits.topk(top_k).indices
-        logits = torch.full_like(logits, -math.inf).scatter(-1, best, logits.gather(-1, best))
+    logits, V = logits / temperature, logits.shape[-1]
+    if not 0 < top_k < V and top_p >= 1:
+        return logits
+    best, order = logits.topk(top_k) if 0 < top_k < V else logits.sort(descending=True, stable=True)  # (B, k)
     if top_p < 1:
-        sorted_logits, order = logits.sort(descending=True, stable=True)
-        probs = sorted_logits.softmax(-1)
-        outside = probs.cumsum(-1) - probs >= top_p  # what came before already reaches top_p
-        logits = logits.scatter(-1, order, sorted_logits.masked_fill(outside, -math.inf))
-    return logits
+        probs = best.softmax(-1)
+        best = best.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)  # what came before already reaches top_p
+    return torch.full_like(logits, -math.inf).scatter(-1, order, best)
 
 
 class _GrowingCache:
-    """Decode with a KV cache that grows by a token a step, and from which ended rows can be dropped."""
+    """Decode with a KV cache that grows by a token a step, and from which ended rows are dropped."""
 
-    def __init__(self, model, start, max_new_tokens):
-        self.model, self.inputs = model, start.inputs()
+    def __init__(self, model, start):
+        self.body, self.inputs = body(model), start.inputs()
         self.attention, self.position = self.inputs.get("attention_mask"), start.prompt_mask.sum(1, keepdim=True)
         self.cache = transformers.DynamicCache(config=model.config)
 
     def step(self, y=None):
-        """Read the tokens y (b,), or the prompts -> logits of the next token (b, V)."""
+        """Read the tokens y (b,), or the prompts -> the hidden states that predict the next token (b, H)."""
         if y is not None:
             self.inputs = {"input_ids": y[:, None], "position_ids": self.position}
             self.position = self.position + 1
             if self.attention is not None:  # without padding, none is needed
                 self.attention = torch.cat([self.attention, self.attention.new_ones(len(y), 1)], 1)
                 self.inputs["attention_mask"] = self.attention
-        return self.model(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.body(**self.inputs, past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
 
     def keep(self, rows):
         """Go on with these rows only (a bool mask). -> whether that was done"""
@@ -383,59 +420,129 @@ class _GrowingCache:
         return True
 
 
+class _FixedLayer(transformers.cache_utils.StaticLayer):
+    """Keys and values of one layer, (b, heads, columns, head_dim), written in place."""
+
+    def update(self, keys, values, *args, **kwargs):
+        # Under autocast Qwen3's keys are fp32, by their norm's weight, and its values bf16. Attention casts both.
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+
+    def move(self, rows, columns):
+        new = (0, 0, 0, columns - self.max_cache_len)
+        self.keys, self.values = F.pad(self.keys[rows], new), F.pad(self.values[rows], new)
+        self.max_cache_len = columns
+
+
 class _FixedCache:
-    """Decode with a KV cache of the final size. All shapes and addresses stay the same, so that on a GPU one step can
-    be recorded as a CUDA graph and replayed: launching 28 layers from Python takes ten times as long as running them.
+    """Decode with a KV cache whose shapes and addresses stay the same for many steps, so that on a GPU one step can be
+    recorded as a CUDA graph and replayed: launching 28 layers from Python takes several times as long as running them.
+
+    The cache grows by a block of columns when it is full, and moves to fewer rows when half of them have ended; after
+    either, the step is recorded anew. So a long response does not make all others wait at full width.
     """
 
-    def __init__(self, model, start, max_new_tokens):
-        self.model, P = model, start.prompt_len
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=P + max_new_tokens)
-        self.position = start.prompt_mask.sum(1, keepdim=True) - 1  # (B, 1), of the token read last
-        self.filled = torch.tensor([P - 1], device=start.ids.device)  # its column in the cache
-        self.visible = F.pad(start.prompt_mask, (0, max_new_tokens))[:, None, None]  # (B, 1, 1, P+R): cache to look at
-        columns = torch.arange(P + max_new_tokens, device=start.ids.device)
-        causal = columns <= columns[:P, None]  # (P, P+R)
-        itself = torch.eye(P, P + max_new_tokens, dtype=torch.bool, device=start.ids.device)  # pads must see something
-        self.prefill = dict(input_ids=start.ids, attention_mask=(self.visible & causal) | itself)  # (B, 1, P, P+R)
-        self.prefill["position_ids"] = (start.prompt_mask.cumsum(1) - 1).clamp(min=0)
-        self.ids, self.graph, self.logits, self.steps = start.ids[:, -1:].clone(), None, None, 0
+    block = 256  # columns; recording costs as much as some twenty replays
+
+    def __init__(self, model, start):
+        config, (B, P) = model.config.get_text_config(), start.prompt_mask.shape
+        self.body, self.dtype, self.device = body(model), next(model.parameters()).dtype, start.ids.device
+        kinds = _attention_kinds(config)
+        self.windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
+        self.cache = transformers.Cache([_FixedLayer(P + self.block) for _ in range(config.num_hidden_layers)])
+        self.ids = start.ids  # (b, q) the tokens to read: the prompts, then one a step
+        self.position = (start.prompt_mask.cumsum(1) - 1).clamp(min=0)  # (b, q)
+        self.column = torch.arange(P, device=self.device)  # (q,) where in the cache they go
+        self.filled = F.pad(start.prompt_mask, (0, self.block))  # (b, columns): which columns hold a token
+        self.used, self.graph, self.eager_steps, self.hidden = P, None, 0, None
 
     def _read(self):
-        self.position.add_(1)
-        self.filled.add_(1)
-        self.visible.index_fill_(3, self.filled, True)
-        inputs = dict(input_ids=self.ids, position_ids=self.position, attention_mask=self.visible)
-        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        columns, now, masks = torch.arange(self.filled.shape[1], device=self.device), self.column[:, None], {}
+        for kind, window in self.windows.items():
+            seen = self.filled[:, None, None] & (columns <= now)  # (b, 1, q, columns)
+            seen = seen if window is None else seen & (columns > now - window)
+            unseen = ~(seen | (columns == now))  # a token sees itself, even where it is padding: NaN else
+            # In numbers to be added to the scores: of a bool, attention kernels differ in what they make.
+            masks[kind] = torch.finfo(torch.bfloat16).min * unseen.to(self.dtype)
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        inputs = dict(input_ids=self.ids, position_ids=self.position, attention_mask=mask)
+        return self.body(**inputs, past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
 
     def step(self, y=None):
+        """As _GrowingCache.step."""
         if y is None:
-            out = self.model(**self.prefill, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            return out.logits[:, -1]
+            hidden = self._read()
+            self.ids, self.position = self.ids[:, -1:].clone(), self.position[:, -1:].clone()
+            self.column = self.column[-1:].clone()
+            return hidden
+        if self.used == self.filled.shape[1]:
+            self._move(slice(None), self.used + self.block)
+        self.used += 1
         self.ids.copy_(y[:, None])
-        self.steps += 1
-        if self.ids.device.type != "cuda" or self.steps <= 3:  # the first steps warm up what a graph cannot record
+        self.position.add_(1)
+        self.column.add_(1)
+        self.filled.index_fill_(1, self.column, True)
+        if self.device.type != "cuda":
             return self._read()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self._read()
-        self.graph.replay()
-        return self.logits
+        with torch.cuda.device(self.device):
+            if self.eager_steps < 2:  # loads kernels and sets up libraries, which a recording must not
+                self.eager_steps += 1
+                return self._read()
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.device)):
+                    self.hidden = self._read()
+            self.graph.replay()
+        return self.hidden
 
     def keep(self, rows):
-        return False  # rows cannot leave a graph
+        """As _GrowingCache.keep: once half of the rows have ended."""
+        if 2 * rows.sum() > len(rows):
+            return False
+        self._move(rows, self.filled.shape[1])
+        return True
+
+    def _move(self, rows, columns):
+        self.graph, self.eager_steps, self.hidden = None, 0, None
+        for layer in self.cache.layers:
+            layer.move(rows, columns)
+        self.filled = F.pad(self.filled[rows], (0, columns - self.filled.shape[1]))
+        self.ids, self.position = self.ids[rows].clone(), self.position[rows].clone()
+
+
+def _attention_kinds(config):
+    """The kinds of attention among a model's layers."""
+    sliding = getattr(config, "sliding_window", None) is not None
+    return set(getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"])
+
+
+def _decoder(model, cache):
+    """The decoder that `cache` names. auto: _FixedCache on a GPU, where it pays, if the model can be used that way."""
+    if cache == "auto":
+        config = model.config.get_text_config()
+        # Not with layers that have no keys and values (linear attention) or other masks than ours (chunked attention);
+        # with attention kernels that take no 4-D mask; with steps that wait for the device, as some mixtures of experts
+        # do; and not where the weights are sharded: nobody has recorded a graph of FSDP's hooks.
+        usable = (
+            _attention_kinds(config) <= {"full_attention", "sliding_attention"}
+            and config._attn_implementation in ("sdpa", "eager")
+            and model._can_compile_fullgraph
+            and not hasattr(model, "body")
+        )
+        cache = "fixed" if usable and next(model.parameters()).device.type == "cuda" else "growing"
+    return {"growing": _GrowingCache, "fixed": _FixedCache}[cache]
 
 
 @torch.no_grad()
 def sample(
-    model, prompts, keys, vocab, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stream="rollout", entropies=False
-):
+    model, prompts, keys, vocab, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stream="rollout", entropies=False,
+    batch_size=0, cache="auto",
+):  # fmt: skip
     """One response to each prompt, up to and including an end token of either model, or max_new_tokens.
 
     prompts: B tuples of token ids; keys: B tuples of ints that fix each row's random numbers (see uniforms).
     What is sampled is softmax(logits / temperature) with top_p and top_k as given here: a checkpoint's own
     generation_config has no say. `entropies`: also record the predictive entropy (T = 1) at every token.
+    batch_size: rows sampled at once, 0 for all; less memory, same rollouts. cache: growing, fixed, or auto.
     """
     device, B = next(model.parameters()).device, len(prompts)
     start = make_rollouts(prompts, [()] * B, [False] * B, keys, vocab, device)
@@ -445,25 +552,26 @@ def sample(
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     entropy_of = torch.zeros(B, max_new_tokens, device=device) if entropies else None
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    alive = torch.arange(B, device=device)  # the rows still in the KV cache
     was_training = model.training
     model.eval()
-    with whole_weights(model), decoding_precision(model):
-        decoder, y = (_FixedCache if device.type == "cuda" else _GrowingCache)(model, start, max_new_tokens), None
-        for t in range(max_new_tokens):
-            logits = decoder.step(y)[:, : vocab.size].float()  # (alive, V)
-            y = draw(sampling_logits(logits, temperature, top_p, top_k).softmax(-1), u[alive, t])
-            tokens[alive, t] = torch.where(done[alive], vocab.pad_id, y)
-            mask[alive, t] = ~done[alive]
-            if entropies:
-                entropy_of[alive, t] = entropy(logits)
-            done[alive] |= torch.isin(y, end_ids)
-            if t % 8 == 7:  # asking costs a wait for the device, and leaving ended rows in costs their compute
-                keep = ~done[alive]
-                if not keep.any():
-                    break
-                if not keep.all() and decoder.keep(keep):
-                    alive, y = alive[keep], y[keep]
+    with whole_weights(model), precision(model):
+        head = Head(model, vocab)
+        for alive in torch.arange(B, device=device).split(batch_size or B):  # the rows in the KV cache
+            decoder, y = _decoder(model, cache)(model, start.take(alive)), None
+            for t in range(max_new_tokens):
+                logits = head(decoder.step(y))  # (alive, V)
+                y = draw(sampling_logits(logits, temperature, top_p, top_k).softmax(-1), u[alive, t])
+                tokens[alive, t] = torch.where(done[alive], vocab.pad_id, y)
+                mask[alive, t] = ~done[alive]
+                if entropies:
+                    entropy_of[alive, t] = entropy(logits)
+                done[alive] |= torch.isin(y, end_ids)
+                if t % 8 == 7:  # asking costs a wait for the device, and leaving ended rows in costs their compute
+                    keep = ~done[alive]
+                    if not keep.any():
+                        break
+                    if not keep.all() and decoder.keep(keep):
+                        alive, y = alive[keep], y[keep]
     model.train(was_training)
     R = int(mask.sum(1).max())
     ids, mask = torch.cat([start.ids, tokens[:, :R]], 1), mask[:, :R]
@@ -472,26 +580,30 @@ def sample(
     return rollouts
 
 
-def stored_rollouts(teacher, batch, vocab, out_dir, samples, max_new_tokens, longest=None, **sampling):
+def stored_rollouts(
+    teacher, batch, vocab, out_dir, samples, max_new_tokens, longest=None, batch_size=0, **sampling
+):
     """The teacher's responses to a batch of prompts, sampled the first time they are asked for and read afterwards.
 
     A teacher's response does not depend on the student, so one is enough for all steps, runs and scripts with the
     same teacher, prompts and sampling arguments (see RolloutStore): that is what makes teacher prefixes cheap.
-    `samples` responses per prompt take turns over the epochs. Random numbers are keyed by (0, row of the dataset,
+    `samples` responses per prompt take turns over the epochs. Random numbers are keyed by (seed, row of the dataset,
     sample), so it does not matter who samples what, when; and a long response serves every shorter training length:
-    where a run has several lengths, `longest` of them is what is sampled.
+    where a run has several lengths, `longest` of them is what is sampled. batch_size: as in sample.
     flops charges a response the first time that this run uses it, whether or not it was found on disk.
     -> Rollouts. The store lies beside out_dir, in teacher_rollouts/, so that runs and scripts share it.
     """
     directory = os.path.join(os.path.dirname(os.path.normpath(out_dir)), "teacher_rollouts")
-    store = _open_store(teacher, batch.dataset, vocab, directory, tuple(sorted(sampling.items())))
+    seed = batch.keys[0][0]
+    store = _open_store(teacher, batch.dataset, vocab, directory, (seed, *sorted(sampling.items())))
     wanted = [(row, epoch % samples) for row, epoch in zip(batch.rows, batch.epochs)]
     missing = [key for key in dict.fromkeys(wanted) if not store.has(key, max_new_tokens)]
     if total(len(missing)):  # all processes go together: a sharded teacher cannot sample alone
         keys = missing or wanted[:1]
         prompts = [batch.dataset[row] for row, _ in keys]
         cap = longest or max_new_tokens
-        new = sample(teacher, prompts, [(0, *key) for key in keys], vocab, cap, stream="teacher", **sampling)
+        keys = [(seed, *key) for key in keys]
+        new = sample(teacher, prompts, keys, vocab, cap, stream="teacher", batch_size=batch_size, **sampling)
         new = zip(missing, new.responses(), new.ended.tolist())
         store.add(gather([(*key, ids, ended, cap) for key, ids, ended in new]))
     responses, ended = zip(*(store.get(key, max_new_tokens) for key in wanted))
@@ -517,7 +629,9 @@ def sequence_flops(model, response_lens, prompt_lens):
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight
     embeddings = {id(head), id(model.get_input_embeddings().weight)}
-    body = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    used = {2: 1.0, 3: getattr(config, "num_experts_per_tok", experts) / experts}  # experts are stacked, a token uses few
+    body = sum(p.numel() * used[p.ndim] for p in model.parameters() if p.ndim in used and id(p) not in embeddings)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     n = (prompt_lens + response_lens - 1).double()
     pairs = n * (n + 1) / 2  # causal: token i attends to i tokens

@@ -4,7 +4,7 @@
     python compare.py --quick               one seed and a fifth of the time: the shape of it all
     python compare.py runs/opd runs/sft_offpolicy        draw these output directories together, in runs/together
 
-Every run is an ordinary run of an ordinary script, in --out_dir/NAME/seed-N. Finished runs are never repeated, and an
+Every run is an ordinary run of an ordinary script, in --out_dir/NAME-seed-N. Finished runs are never repeated, and an
 interrupted comparison continues where it was. What is written to --out_dir: table.md and runs.csv (means over seeds,
 ± half the width of the 95 % t-interval), findings.md (what the paper says against what these runs say, as differences
 between runs of the same seed), and figures as PNG.
@@ -98,7 +98,7 @@ def run_one(script, arguments, out_dir):
 def run_all(args):
     """All runs of the plan over all seeds, --workers at a time. A run that starts from another waits for it."""
     runs = plan(args)
-    where = lambda name, seed: os.path.join(args.out_dir, name, f"seed-{seed}")  # noqa: E731
+    where = lambda name, seed: os.path.join(args.out_dir, f"{name}-seed-{seed}")  # noqa: E731
     jobs = [(name, seed) for seed in range(args.seeds) for name in runs]
     # spawn: a fresh interpreter for every worker, as torch's threads do not survive a fork
     pool = concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
@@ -154,11 +154,18 @@ def _log(out_dir):
 
 def mean_ci(values):
     """-> (mean, half the width of the 95 % t-interval; NaN for a single value)."""
-    t = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # two-sided 95 %, by degrees of freedom
     n, values = len(values), np.asarray(values, float)
     if n == 1:
         return values.mean(), math.nan
-    return values.mean(), (t[n - 1] if n <= len(t) else 1.96) * values.std(ddof=1) / math.sqrt(n)
+    return values.mean(), t_quantile(n - 1) * values.std(ddof=1) / math.sqrt(n)
+
+
+def t_quantile(freedom):
+    """The 97.5 % quantile of Student's t: from tables, and from 5 degrees of freedom on by Cornish and Fisher's series."""
+    if freedom < 5:
+        return (12.706, 4.303, 3.182, 2.776)[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 METRICS = {

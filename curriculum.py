@@ -31,6 +31,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -48,36 +49,41 @@ class Args:
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
     eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on; several separated by commas
     out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
-    steps: int = 200  # updates
-    batch_size: int = 64  # prompts, and rollouts, per update, over all processes
-    micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient
-    max_new_tokens: int = 48  # the longest training length; of --lengths only those up to here are used
+    steps: int = 200  # updates; >= 1
+    batch_size: int = 64  # prompts, and rollouts, per update, over all processes; >= 1
+    micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient; >= 1
+    rollout_batch_size: int = 0  # rollouts sampled at once; 0: all; less memory, same rollouts; >= 0
+    max_new_tokens: int = 48  # the longest training length; of --lengths only those up to here are used; >= 1
     lengths: str = "8,16,32,48"  # the ladder of training lengths L_0,L_1,..., tokens; each gets an equal share of steps
-    h_min: float = 0.15  # H_min, nats per token: below it a stage counts as unstable, and the gate closes
-    held_out: int = 64  # last rows of data, kept from training, on whose prompts H_m is measured
-    on_closed: str = "stop"  # stop: end with the last stable checkpoint; continue: train on from it, at its length
-    prefixes: str = "student"  # WHERE: student (sampled anew) or teacher (sampled once, stored)
-    kl: str = "reverse"  # HOW: forward, reverse, or mixed by lam
-    lam: float = 0.5  # λ of --kl mixed, the share of reverse KL
-    teacher_samples: int = 1  # of --prefixes teacher: responses per prompt; epochs take turns
-    temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1
-    top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off
-    top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off
-    estimator: str = "exact"  # exact: sum over the vocabulary; sampled: one token per prefix, same gradient on average
-    lr: float = 2e-3  # AdamW's learning rate, constant after the warm-up
-    warmup: float = 0.05  # fraction of the steps over which lr rises from 0
-    weight_decay: float = 0.0  # AdamW's
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    eval_every: int = 100  # steps between evaluations; 0: only before and after
-    eval_k: int = 8  # k of Avg@k and Pass@k
-    eval_n: int = 0  # samples per problem for them; 0: eval_k
-    eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy
-    eval_max_new_tokens: int = 48  # tokens at which they are cut, whatever the training length
-    eval_batch_size: int = 512  # of them sampled at once
-    save_every: int = 50  # steps between states to continue from
-    seed: int = 0  # of everything random
+    h_min: float = 0.15  # H_min, nats per token: below it a stage counts as unstable, and the gate closes; >= 0
+    held_out: int = 64  # last rows of data, kept from training, on whose prompts H_m is measured; >= 1
+    on_closed: Literal["stop", "continue"] = "stop"  # with the last stable checkpoint: end, or train on at its length
+    prefixes: Literal["student", "teacher"] = "student"  # WHERE: sampled anew, or once and stored
+    kl: Literal["forward", "reverse", "mixed"] = "reverse"  # HOW; mixed by lam
+    lam: float = 0.5  # λ of --kl mixed, the share of reverse KL; >= 0, <= 1
+    teacher_samples: int = 1  # of --prefixes teacher: responses per prompt; epochs take turns; >= 1
+    temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1; > 0
+    top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off; > 0, <= 1
+    top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off; >= 0
+    estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
+    ends: Literal["apart", "as_one"] = "apart"  # as_one: all end tokens are one action in the comparison
+    lr: float = 2e-3  # AdamW's learning rate, constant after the warm-up; > 0
+    warmup: float = 0.05  # fraction of the steps over which lr rises from 0; >= 0, <= 1
+    weight_decay: float = 0.0  # AdamW's; >= 0
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; > 0
+    eval_every: int = 100  # steps between evaluations; 0: only before and after; >= 0
+    eval_problems: int = 0  # of each set, evenly spread; 0: all; >= 0
+    eval_k: int = 8  # k of Avg@k and Pass@k; >= 1
+    eval_n: int = 0  # samples per problem for them; 0: eval_k; >= 0
+    eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy; >= 0
+    eval_max_new_tokens: int = 48  # tokens at which they are cut, whatever the training length; >= 1
+    eval_batch_size: int = 512  # of them sampled at once; >= 1
+    grade: Literal["marked", "last_number"] = "marked"  # last_number: where no answer is marked, the last number counts
+    save_every: int = 50  # steps between states to continue from; >= 1
+    seed: int = 0  # of everything random; >= 0
+    instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: str = "auto"  # fp32; bf16: teacher and activations, student weights stay fp32; auto: bf16 on a GPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the student's weights; auto: if it is fast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
     teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 
@@ -88,10 +94,12 @@ def main(args: Args):
     # (1) Models
     student = load_model(args.student, args, trainable=True)
     teacher = load_model(args.teacher, args, trainable=False)
-    sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    sampling = dict(
+        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, batch_size=args.rollout_batch_size
+    )
     kl = {"forward": forward_kl, "reverse": reverse_kl, "mixed": partial(mixed_kl, lam=args.lam)}[args.kl]
     ladder = [int(length) for length in args.lengths.split(",") if int(length) <= args.max_new_tokens]
-    stage_steps = math.ceil(args.steps / len(ladder))
+    stage_ends = [args.steps * (m + 1) // len(ladder) for m in range(len(ladder))]  # after which steps H_m is measured
     train, held_out = Prompts(train[: -args.held_out]), Prompts(train[-args.held_out :])
 
     # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
@@ -125,7 +133,7 @@ def main(args: Args):
             weights = micro.mask / n_tokens  # (b, R)
             u = uniforms(micro.keys, micro.mask.shape[1], "estimate") if args.estimator == "sampled" else None
             # HOW are the two distributions compared? By the KL that was asked for.
-            micro_loss, micro_entropy = weighted_kl(kl, student, teacher, micro, weights, vocab, u)
+            micro_loss, micro_entropy = weighted_kl(kl, student, teacher, micro, weights, vocab, u, args.ends)
             (micro_loss * world).backward()  # FSDP averages gradients over processes, and we want their sum
             loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
         loss, entropy = total(loss), total(entropy)
@@ -143,7 +151,7 @@ def main(args: Args):
 
         # (6) The gate, at the end of a stage: go from L_m to L_{m+1} only if the student has kept H_m >= H_min.
         gate = {}
-        at_gate = not state["closed"] and (step % stage_steps == 0 or step == args.steps)
+        at_gate = not state["closed"] and step in stage_ends
         if at_gate:
             h, gate_flops = mean_entropy(student, held_out, vocab, length, args.eval_batch_size)  # H_m
             progress.flops += gate_flops

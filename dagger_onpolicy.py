@@ -31,6 +31,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -47,28 +48,33 @@ class Args:
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
     eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on; several separated by commas
     out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
-    steps: int = 200  # updates
-    batch_size: int = 64  # prompts, and rollouts, per update, over all processes
-    micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient
-    max_new_tokens: int = 48  # training length: tokens at which a rollout is cut
-    temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1
-    top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off
-    top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off
-    estimator: str = "exact"  # exact: sum over the vocabulary; sampled: one token per prefix, same gradient on average
-    lr: float = 2e-3  # AdamW's learning rate, constant after the warm-up
-    warmup: float = 0.05  # fraction of the steps over which lr rises from 0
-    weight_decay: float = 0.0  # AdamW's
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    eval_every: int = 100  # steps between evaluations; 0: only before and after
-    eval_k: int = 8  # k of Avg@k and Pass@k
-    eval_n: int = 0  # samples per problem for them; 0: eval_k
-    eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy
-    eval_max_new_tokens: int = 48  # tokens at which they are cut, whatever the training length
-    eval_batch_size: int = 512  # of them sampled at once
-    save_every: int = 50  # steps between states to continue from
-    seed: int = 0  # of everything random
+    steps: int = 200  # updates; >= 1
+    batch_size: int = 64  # prompts, and rollouts, per update, over all processes; >= 1
+    micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient; >= 1
+    rollout_batch_size: int = 0  # rollouts sampled at once; 0: all; less memory, same rollouts; >= 0
+    max_new_tokens: int = 48  # training length: tokens at which a rollout is cut; >= 1
+    temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1; > 0
+    top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off; > 0, <= 1
+    top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off; >= 0
+    estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
+    ends: Literal["apart", "as_one"] = "apart"  # as_one: all end tokens are one action in the comparison
+    lr: float = 2e-3  # AdamW's learning rate, constant after the warm-up; > 0
+    warmup: float = 0.05  # fraction of the steps over which lr rises from 0; >= 0, <= 1
+    weight_decay: float = 0.0  # AdamW's; >= 0
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; > 0
+    eval_every: int = 100  # steps between evaluations; 0: only before and after; >= 0
+    eval_problems: int = 0  # of each set, evenly spread; 0: all; >= 0
+    eval_k: int = 8  # k of Avg@k and Pass@k; >= 1
+    eval_n: int = 0  # samples per problem for them; 0: eval_k; >= 0
+    eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy; >= 0
+    eval_max_new_tokens: int = 48  # tokens at which they are cut, whatever the training length; >= 1
+    eval_batch_size: int = 512  # of them sampled at once; >= 1
+    grade: Literal["marked", "last_number"] = "marked"  # last_number: where no answer is marked, the last number counts
+    save_every: int = 50  # steps between states to continue from; >= 1
+    seed: int = 0  # of everything random; >= 0
+    instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: str = "auto"  # fp32; bf16: teacher and activations, student weights stay fp32; auto: bf16 on a GPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the student's weights; auto: if it is fast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
     teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 
@@ -80,8 +86,9 @@ def main(args: Args):
     student = load_model(args.student, args, trainable=True)
     teacher = load_model(args.teacher, args, trainable=False)
     sampling = dict(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
-    )
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+        batch_size=args.rollout_batch_size,
+    )  # fmt: skip
 
     # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -105,7 +112,7 @@ def main(args: Args):
             weights = micro.mask / n_tokens  # (b, R)
             u = uniforms(micro.keys, micro.mask.shape[1], "estimate") if args.estimator == "sampled" else None
             # HOW are the two distributions compared? By forward KL.
-            micro_loss, micro_entropy = weighted_kl(forward_kl, student, teacher, micro, weights, vocab, u)
+            micro_loss, micro_entropy = weighted_kl(forward_kl, student, teacher, micro, weights, vocab, u, args.ends)
             (micro_loss * world).backward()  # FSDP averages gradients over processes, and we want their sum
             loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
         loss, entropy = total(loss), total(entropy)

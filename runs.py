@@ -7,6 +7,7 @@ Nothing here knows a method.
 from __future__ import annotations
 
 import argparse
+import ast
 import atexit
 import contextlib
 import dataclasses
@@ -23,6 +24,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import types
+import typing
 import warnings
 from dataclasses import dataclass
 
@@ -38,7 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -49,16 +52,21 @@ from tasks import encode_prompts, load_problems, refuse
 
 # What cannot change the result of a run, and may therefore differ when it is continued.
 FREE_ARGS = {
-    "out_dir", "micro_batch_size", "eval_batch_size", "save_every", "gradient_checkpointing", "teacher_device",
+    "out_dir", "micro_batch_size", "rollout_batch_size", "eval_batch_size", "save_every", "gradient_checkpointing",
+    "teacher_device",
 }  # fmt: skip
+
+
+def _comments(Args):
+    """{field: the comment behind it}. It is the field's --help text, and states its bounds: `# ...; > 0, <= 1`."""
+    return dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Args), re.M))
 
 
 def parse(Args, argv=None):
     """The command line as an instance of the dataclass Args. A field's trailing comment is its --help text."""
-    source = inspect.getsource(Args)
+    comments = _comments(Args)
     for field in dataclasses.fields(Args):
-        comment = re.search(rf"^\s+{field.name}:.*?  # (.*)$", source, re.M)
-        field.metadata = {"help": comment.group(1).replace("%", "%%")} if comment else {}
+        field.metadata = {"help": comments.get(field.name, "").replace("%", "%%")}
     parser = transformers.HfArgumentParser(
         Args, allow_abbrev=False, description=sys.modules[Args.__module__].__doc__,
         formatter_class=_HelpFormatter,
@@ -96,30 +104,24 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def check_args(args):
-    """Refuse, by name, an argument that no run can use. Fields that a script does not have are not looked at."""
-    at_least = dict(
-        steps=1, batch_size=1, micro_batch_size=1, max_new_tokens=1, eval_k=1, save_every=1, eval_batch_size=1,
-        eval_max_new_tokens=1, teacher_samples=1, updates_per_step=1, held_out=1, group_size=2, top_k=0, eval_every=0,
-        eval_n=0, seed=0, eval_temperature=0, weight_decay=0, warmup=0, lam=0, h_min=0,
-    )  # fmt: skip
-    for name, low in at_least.items():
-        value = getattr(args, name, low)
-        if not (math.isfinite(value) and value >= low):
-            refuse(f"--{name} is {value}, and must be at least {low}")
-    for name in ("lr", "temperature", "top_p", "max_grad_norm", "clip"):
-        value = getattr(args, name, 1.0)
-        if not (math.isfinite(value) and value > 0):
-            refuse(f"--{name} is {value}, and must be a finite number above 0")
-    for name in ("top_p", "warmup", "lam"):
-        if getattr(args, name, 0) > 1:
-            refuse(f"--{name} is {getattr(args, name)}, and is a fraction: at most 1")
-    choices = dict(
-        estimator=("exact", "sampled"), precision=("auto", "fp32", "bf16"), kl=("forward", "reverse", "mixed"),
-        prefixes=("student", "teacher"), on_closed=("stop", "continue"),
-    )  # fmt: skip
-    for name, allowed in choices.items():
-        if getattr(args, name, allowed[0]) not in allowed:
-            refuse(f"--{name} is {getattr(args, name)!r}, and must be one of: {', '.join(allowed)}")
+    """Refuse, by name, an argument that no run can use.
+
+    What a field says of itself is checked for any dataclass, so that a script of one's own needs no entry here: the
+    values of a Literal, and the bounds in its comment. A number is always finite.
+    """
+    comments, types_ = _comments(type(args)), typing.get_type_hints(type(args))
+    tests = {">=": ("at least", float.__ge__), ">": ("above", float.__gt__), "<=": ("at most", float.__le__)}
+    for name, value in vars(args).items():
+        allowed = typing.get_args(types_[name]) if typing.get_origin(types_[name]) is typing.Literal else (value,)
+        if value not in allowed:
+            refuse(f"--{name} is {value!r}, and must be one of: {', '.join(allowed)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(f"--{name} is {value}, and must be a finite number")
+        for sign, bound in re.findall(r"(>=|<=|>) ?(\d[\d.]*)", comments.get(name, "")):
+            words, holds = tests[sign]
+            if not holds(float(value), float(bound)):
+                refuse(f"--{name} is {value}, and must be {words} {bound}")
+    _check_estimator(args)
     if args.eval_n and args.eval_n < args.eval_k:
         refuse(f"--eval_k is {args.eval_k} but --eval_n is {args.eval_n}: Pass@k needs at least k samples a problem")
     names = args.eval_data.split(",")
@@ -131,6 +133,9 @@ def check_args(args):
             refuse(
                 f"--lengths is {args.lengths!r}: give rising numbers like 8,16,32, the first at most --max_new_tokens"
             )
+        stages = sum(length <= args.max_new_tokens for length in lengths)
+        if args.steps < stages:
+            refuse(f"--steps is {args.steps}, but --lengths has {stages} stages: each needs a step")
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = getattr(args, "teacher_device", "")
     if device and world > 1:
@@ -147,6 +152,19 @@ def check_args(args):
         refuse(f"--batch_size is {args.batch_size}, and must be a multiple of the {world} processes")
 
 
+def _check_estimator(args):
+    """Where tokens are sampled, the divergence in the script's marked line must know what to do with them."""
+    script = sys.modules[type(args).__module__]
+    if getattr(args, "estimator", "exact") == "exact" or not hasattr(script, "main"):
+        return
+    for call in ast.walk(ast.parse(inspect.getsource(script.main))):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "weighted_kl":
+            name = getattr(call.args[0], "id", "")
+            divergence = getattr(script, name, None)  # None: made in main itself, as by partial
+            if divergence and "u" not in inspect.signature(divergence).parameters:
+                refuse(f"--estimator is {args.estimator!r}, but {name} has no argument `u` to sample by: use exact")
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Processes: everything below works the same in one process and under torchrun
 
@@ -157,11 +175,14 @@ def start_processes():
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # cuDNN's attention has given NaN gradients on H100s (pytorch#196678), and plans anew, for 0.4 s, for every shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(dist.destroy_process_group)
         if torch.cuda.is_available():
             torch.cuda.set_device(_device())
+        device = _device() if torch.cuda.is_available() else None
+        dist.init_process_group("nccl" if device else "gloo", device_id=device)
+        atexit.register(dist.destroy_process_group)
 
 
 def rank_and_world():
@@ -198,6 +219,7 @@ def whole_weights(model):
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     yield
     for module in shards:
         module.set_reshard_after_forward(module is not model, recurse=False)
@@ -206,10 +228,13 @@ def whole_weights(model):
 
 def shard(model):
     """Split a model's weights, gradients and optimizer state over all processes (FSDP2), layer by layer. The model
-    stays an ordinary module. Its root keeps what it gathered after a forward pass: the LM head is used once more."""
+    stays an ordinary module. Its root keeps what it gathered after a forward pass: the LM head comes after it."""
     for layer in layers(model):
         fully_shard(layer)
-    return fully_shard(model, reshard_after_forward=False)
+    fully_shard(model, reshard_after_forward=False)
+    model.body = types.MethodType(lambda self, *args, **kwargs: self.base_model(*args, **kwargs), model)
+    register_fsdp_forward_method(model, "body")  # embedding and norm are the root's: gathered when its forward begins
+    return model
 
 
 def whole(tensor):
@@ -288,6 +313,7 @@ def start(args):
 
 def _start(args):
     check_args(args)
+    args.precision = resolve_precision(args)
     _check_out_dir(args)
     rewarded = hasattr(args, "group_size")  # rewards need answers, teachers do not
     train = load_problems(args.data, needs_answer=rewarded, skip_unanswered=rewarded)
@@ -295,11 +321,44 @@ def _start(args):
         refuse(
             f"--held_out is {args.held_out}, but {args.data} has {len(train)} rows: nothing would be left to train on"
         )
-    evals = {name: load_problems(name, needs_answer=True) for name in args.eval_data.split(",")}
+    evals = load_evals(args)
     vocab = load_vocab(args, [train, *evals.values()])
     prompts = Prompts(p.prompt for p in train)
     prompts.answers = [p.answer for p in train]
     return prompts, evals, vocab
+
+
+def load_evals(args):
+    """{name: [Problem]} of all sets of --eval_data; of each, --eval_problems of them, evenly spread."""
+    evals = {name: load_problems(name, needs_answer=True) for name in args.eval_data.split(",")}
+    n = args.eval_problems
+    return {
+        name: [problems[i * len(problems) // n] for i in range(n)] if 0 < n < len(problems) else problems
+        for name, problems in evals.items()
+    }
+
+
+def resolve_precision(args):
+    """What --precision auto stands for here: bf16 on a GPU; on a CPU for models of more than 10 million parameters, if
+    the processor multiplies bf16 matrices itself (others take five times as long with them as with fp32)."""
+    if args.precision != "auto":
+        return args.precision
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    path = args.student if hasattr(args, "student") else args.model
+    return "bf16" if torch.cuda.is_available() or (able and not is_toy(_load_config(path, "student"))) else "fp32"
+
+
+def is_toy(config):
+    """Whether a model of this config has less than 10 million parameters."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config).num_parameters() < 10e6
+
+
+def _load_config(path, role):
+    config = _load(transformers.AutoConfig, path, role)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        refuse(f"--{role} {path!r} is a {config.model_type} model: give a causal language model")
+    return config
 
 
 def load_vocab(args, problem_sets):
@@ -308,10 +367,7 @@ def load_vocab(args, problem_sets):
     paths = {role: getattr(args, role) for role in ("student", "teacher", "model") if hasattr(args, role)}
     configs, tokenizers = {}, {}
     for role, path in paths.items():
-        config = _load(transformers.AutoConfig, path, role)
-        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            refuse(f"--{role} {path!r} is a {config.model_type} model: give a causal language model")
-        configs[role] = config.get_text_config()
+        configs[role] = _load_config(path, role).get_text_config()
         tokenizers[role] = _load(transformers.AutoTokenizer, path, role)
         for file in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
             try:
@@ -322,7 +378,8 @@ def load_vocab(args, problem_sets):
     student = next(iter(tokenizers.values()))
     asker = tokenizers.get("teacher", student)
     for problems in problem_sets:
-        encode_prompts(problems, asker, args.thinking)
+        encode_prompts(problems, asker, args.thinking, args.instruction)
+        _check_known(problems, asker)
     if "teacher" in paths:
         ordinary = [
             {t: i for t, i in tok.get_vocab().items() if t not in tok.get_added_vocab()} for tok in (student, asker)
@@ -334,7 +391,7 @@ def load_vocab(args, problem_sets):
             )
         student.chat_template = asker.chat_template  # the teacher's template serves both
         probes = [dataclasses.replace(p) for p in problem_sets[0][:256]]
-        encode_prompts(probes, student, args.thinking)
+        encode_prompts(probes, student, args.thinking, args.instruction)
         if any(a.prompt != b.prompt for a, b in zip(probes, problem_sets[0])):
             refuse("--student and --teacher tokenize the same prompt differently: choose both from one family")
     sizes = {role: config.vocab_size for role, config in configs.items()}
@@ -374,18 +431,30 @@ def load_vocab(args, problem_sets):
     return Vocab(student, size, end_ids, pad_id)
 
 
+def _check_known(problems, tokenizer):
+    """Refuse questions that the tokenizer has no words for: a model learns nothing from them, without complaint."""
+    known = [sum(i == tokenizer.unk_token_id for i in p.prompt) / len(p.prompt) for p in problems]
+    share = sum(known) / len(known)
+    if share > 0.05:
+        example = problems[known.index(max(known))]
+        refuse(
+            f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {tokenizer.name_or_path!r}, as in "
+            f"{example.question[:60]!r}: models and data do not belong together"
+        )
+
+
 def load_model(path, args, trainable):
     """A causal LM on this process's device: the trained one with fp32 weights, which small learning rates need."""
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and torch.cuda.is_available())
+    bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if bf16 and not trainable else torch.float32
     device = _device() if trainable else getattr(args, "teacher_device", "") or _device()
     model = _load(transformers.AutoModelForCausalLM, path, "model", dtype=dtype).to(device)
+    if trainable and model.num_parameters() > 10e6 and args.lr == type(args).lr and is_main():
+        print(f"warning: --lr {args.lr} is made for the toy; models of this size take 1e-6 to 1e-5, see recipes/")
     if model.device.type == "cpu" and model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much
     model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree
-    model.autocasts = bf16 and trainable
-    if model.autocasts:
-        model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
+    model.autocasts = bf16 and trainable  # see precision()
     if trainable and args.gradient_checkpointing:
         for layer in layers(model):  # transformers' own switch needs train mode, and with it dropout
             layer.forward = recomputed(layer.forward)
@@ -409,10 +478,15 @@ def recomputed(forward):
     return checkpointed
 
 
-def decoding_precision(model):
-    """One autocast region around many decode steps: inside it the bf16 copies of fp32 weights are made only once."""
-    enabled = getattr(model, "autocasts", False)
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+def precision(model):
+    """The region in which a model with fp32 weights computes in bf16, if it is to: the copies of its weights that this
+    takes are made once in it, so one region goes around many decode steps."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "autocasts", False))
+
+
+def body(model):
+    """The model without its LM head, to be called like the model: -> an output with last_hidden_state (B, T, H)."""
+    return getattr(model, "body", model.base_model)
 
 
 def _load(auto_class, path, role, **options):
@@ -510,6 +584,21 @@ class Progress:
     more: dict = dataclasses.field(default_factory=dict)  # what a script of its own has to remember
 
 
+def _code(args):
+    """{file: a hash of its syntax tree} of the script and of what it shares. Comments and docstrings do not count."""
+    here, code = os.path.dirname(os.path.abspath(__file__)), {}
+    shared = [os.path.join(here, name) for name in ("common.py", "evaluate.py", "runs.py", "tasks.py")]
+    for path in [inspect.getfile(type(args)), *shared]:
+        with open(path) as file:
+            tree = ast.parse(file.read())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(getattr(body[0], "value", None), ast.Constant):
+                del body[0]
+        code[os.path.basename(path)] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return code
+
+
 def _check_out_dir(args):
     """Refuse a directory that belongs to another run or cannot be written; end the program if this run is finished."""
     out = args.out_dir
@@ -533,11 +622,12 @@ def _check_out_dir(args):
             before = dict(json.load(file))
     except (OSError, ValueError, TypeError):
         refuse(f"{path} is damaged: choose another --out_dir, or remove {out!r} to start afresh")
-    now = dataclasses.asdict(args)
+    now, old_code = dataclasses.asdict(args), before.pop("code", None) or {}
     names = [name for name in {**before, **now} if name not in FREE_ARGS and before.get(name) != now.get(name)]
-    if names:
-        changes = "; ".join(f"--{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
-        refuse(f"{out!r} holds a run with other arguments: {changes}. Choose another --out_dir, or remove that one")
+    changes = [f"--{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names]
+    changes += [f"{file} has been changed" for file, code in _code(args).items() if old_code.get(file) != code]
+    if changes:
+        refuse(f"{out!r} holds another run: {'; '.join(changes)}. Choose another --out_dir, or remove that one")
     if finished:
         if is_main():
             print(f"{out!r} holds this run, finished: model/ and curves.png are there. To start afresh: rm -r {out}")
@@ -549,7 +639,7 @@ def resume(args, student, optimizer):
     back to it. -> Progress"""
     if is_main():  # only now: a run that was refused leaves nothing behind
         os.makedirs(args.out_dir, exist_ok=True)
-        _write(args.out_dir, "args.json", dataclasses.asdict(args))
+        _write(args.out_dir, "args.json", dataclasses.asdict(args) | {"code": _code(args)})
     barrier()
     states = sorted(int(name[6:]) for name in os.listdir(args.out_dir) if re.fullmatch(r"state-\d+", name))
     progress = load_state(args, student, optimizer, f"state-{states[-1]}") if states else Progress()
@@ -677,10 +767,11 @@ def draw_curves(out_dir):
     ]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     for axis, (title, names) in zip(axes.flat, panels):
-        for name, style in zip(names, ("-", "o--")):
+        for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
-                axis.plot(*zip(*points), "o-" if name == "avg_at_k" else style, label=name, markersize=4)
+                style = {"avg_at_k": "o-", "pass_at_k": "s--"}.get(name, "o--" if name.startswith("eval_") else "-")
+                axis.plot(*zip(*points), style, label=name, markersize=4)
         axis.set(title=title, xlabel="step")
         axis.legend(frameon=False)
     figure.suptitle(out_dir)

@@ -143,9 +143,11 @@ def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
 # Grading
 
 
-def grade(response, answer):
+def grade(response, answer, grading="marked"):
     """Is the last marked answer in `response` (text) equal to the reference `answer`? -> bool. Never raises.
 
+    - What is not marked is wrong; but with grading "last_number" the last number in such a text counts, where the
+      reference is one (others call that flexible extraction).
     - Letters alone are compared as text, whatever their case: \\text{(C)} = C; ab is not ba.
     - Where the reference is a number, the answer must be one too, written out: 1,000 = 1000.0 = \\$1{,}000, 3/2 = 1.5
       = 1\\frac{1}{2}, and x = 5, 90^\\circ, 15 \\text{ cm}^2, 10\\% count as 5, 90, 15, 10 (50\\% as 1/2, too), but 2^3
@@ -154,6 +156,8 @@ def grade(response, answer):
       order, parentheses may be forgotten, and R is r.
     """
     found = find_answer(response)
+    if found is None and grading == "last_number" and _number(_plain(answer)) is not None:
+        found = next(iter(re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", response)[::-1]), None)
     if found is None or len(found) > 500:  # no reference is a page long, and parsers are slow
         return False
     found, answer = _plain(found), _plain(answer)
@@ -246,6 +250,6 @@ def _math_verify(who):
     try:
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError:
-        refuse(f"{who} is LaTeX, graded by math-verify: pip install 'math-verify[antlr4_13_2]'")
+        refuse(f"{who} is LaTeX, graded by math-verify: pip install math-verify")
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it says when a comparison took longer than 5 s
     return parse, verify, [LatexExtractionConfig(boxed_match_priority=0)]  # else it takes any number near the answer

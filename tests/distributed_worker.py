@@ -25,7 +25,7 @@ def sgd(params, lr, **others):
     return torch.optim.SGD(params, lr=lr)
 
 
-def even_length(text, answer):
+def even_length(text, answer, grading="marked"):
     """A reward that random models get now and then, so that GRPO has something to reinforce."""
     return len(text) % 2 == 0
 

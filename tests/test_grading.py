@@ -216,9 +216,23 @@ def test_latex(answer, reference, right):
     assert grade(f"So it is $\\boxed{{{answer}}}$.", reference) is right
 
 
-@pytest.mark.parametrize("answer, reference", sorted({(reference, reference) for _, reference, _ in PLAIN + LATEX}))
-def test_a_reference_is_right(answer, reference):
-    assert grade(f"\\boxed{{{answer}}}", reference)
+@pytest.mark.parametrize(
+    "response, reference, right",
+    [
+        ("It costs 5 dollars, so 3 cost $1,215.50.", "1215.5", True),
+        ("The answer is -3", "-3", True),
+        ("The answer is 3/4.", "0.75", True),
+        ("12 apples, and not 13", "12", False),
+        ("nothing at all", "12", False),
+        ("\\boxed{12}, as 13 is too many", "12", True),  # a mark goes before
+        ("\\boxed{13}, or 12", "12", False),
+        ("it is C", "\\text{(C)}", False),  # numbers only
+        ("between 3 and 4", "(3,4]", False),
+    ],
+)
+def test_the_last_number_counts_where_it_is_asked_for_and_nothing_is_marked(response, reference, right):
+    assert grade(response, reference, "last_number") is right
+    assert grade(response, reference) is (right and "boxed" in response)
 
 
 @pytest.mark.parametrize(
@@ -310,5 +324,5 @@ def test_only_sets_with_latex_need_math_verify(tmp_path, monkeypatch):
     for answer in ("72", "2,125", "-\\frac{35}{9}", "90^\\circ", "\\text{(C)}", "4210_{5}", "15\\mbox{ cm}^2"):
         assert load(answer)[0].answer == answer
     for answer in ("3\\sqrt{13}", "(3,4]", "1,-2", "6 - 5i", "x=5"):
-        with pytest.raises(SystemExit, match="pip install 'math-verify"):
+        with pytest.raises(SystemExit, match="pip install math-verify"):
             load(answer)

@@ -5,7 +5,7 @@ import torch
 import transformers
 from conftest import make_checkpoint
 
-from common import forward_kl, make_rollouts, mixed_kl, reverse_kl, uniforms, weighted_kl
+from common import as_one_end, forward_kl, make_rollouts, mixed_kl, reverse_kl, uniforms, weighted_kl
 from runs import Vocab
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13)]
@@ -86,9 +86,9 @@ def test_scored_positions_are_those_that_predict_the_response(pair, monkeypatch)
     loss.backward()
     hook.remove()
     student.zero_grad()
-    touched = hidden[0].grad.abs().sum(-1) > 0  # (B, P+R), prompts end at column 6
-    P = batch.prompt_len
-    for row, response in zip(touched, RESPONSES):
+    touched = hidden[0].grad.abs().sum(-1) > 0  # (B, P+R), every row from column 0 on
+    for row, prompt, response in zip(touched, PROMPTS, RESPONSES):
+        P = len(prompt)
         assert row.nonzero()[:, 0].tolist() == list(range(P - 1, P + len(response) - 1))
 
 

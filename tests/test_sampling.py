@@ -10,7 +10,7 @@ import transformers
 from conftest import make_checkpoint
 
 import common
-from common import draw, make_rollouts, sample, sampling_logits, sequence_flops, uniforms
+from common import draw, make_rollouts, response_hidden, sample, sampling_logits, sequence_flops, uniforms
 from runs import Vocab
 
 
@@ -95,14 +95,88 @@ def test_rollouts_do_not_depend_on_the_company_they_are_sampled_in(model):
     assert [r[:40] for r in longer] == together, "a longer cap continues the same responses"
 
 
-def test_a_cache_of_fixed_size_gives_the_same_rollouts(model, monkeypatch):
-    """What a GPU records as a graph, step by step on a CPU: the same tokens, ends and entropies as a growing cache."""
-    vocab, keys = vocab_of(model, [3, 4, 5, 17, 30, 31, 32, 60, 61, 99]), keys_for(PROMPTS)
-    expected = sample(model, PROMPTS, keys, vocab, 40, entropies=True)
-    monkeypatch.setattr(common, "_GrowingCache", common._FixedCache)
-    found = sample(model, PROMPTS, keys, vocab, 40, entropies=True)
-    assert found.responses() == expected.responses() and found.ended.tolist() == expected.ended.tolist()
-    torch.testing.assert_close(found.entropy[found.mask], expected.entropy[expected.mask], rtol=1e-4, atol=1e-4)
+ARCHITECTURES = {  # what differs in a cache: norms of keys, biases, soft caps, windows shorter than the sequences
+    "qwen3": dict(arch="Qwen3", tied=True),
+    "qwen3-untied": dict(arch="Qwen3", tied=False),
+    "qwen2": dict(arch="Qwen2"),
+    "qwen2-sliding": dict(arch="Qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    "llama": dict(arch="Llama"),
+    "gemma2": dict(arch="Gemma2", head_dim=8, sliding_window=6, attn_logit_softcapping=3.0, final_logit_softcapping=5.0),
+    "mistral": dict(arch="Mistral", sliding_window=5),
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def any_model(request, tmp_path_factory):
+    path = make_checkpoint(tmp_path_factory.mktemp("model"), seed=3, **ARCHITECTURES[request.param])
+    attention = "eager" if request.param == "gemma2" else "sdpa"
+    return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention).eval()
+
+
+def many(model):
+    """Sixteen prompts of one to seven tokens, and end tokens that random models say after 1 to 60 tokens."""
+    prompts = [tuple(range(5, 6 + n % 7)) for n in range(16)]
+    return prompts, keys_for(prompts), vocab_of(model, range(3, 15))
+
+
+def test_a_cache_of_fixed_size_gives_the_same_rollouts(any_model, monkeypatch):
+    """What a GPU records as a graph, step by step on a CPU, growing by blocks and dropping rows: the same tokens, ends
+    and entropies as a cache that grows token by token."""
+    prompts, keys, vocab = many(any_model)
+    monkeypatch.setattr(common._FixedCache, "block", 8)
+    expected = sample(any_model, prompts, keys, vocab, 64, entropies=True, cache="growing")
+    assert len(set(map(len, expected.responses()))) > 8
+    for slices in (0, 3):
+        found = sample(any_model, prompts, keys, vocab, 64, entropies=True, cache="fixed", batch_size=slices)
+        assert found.responses() == expected.responses() and found.ended.tolist() == expected.ended.tolist()
+        torch.testing.assert_close(found.entropy[found.mask], expected.entropy[found.mask], rtol=1e-4, atol=1e-4)
+
+
+def test_both_caches_run_where_weights_are_fp32_and_activations_bf16(any_model, monkeypatch):
+    """Qwen3's keys are then fp32 and its values bf16. In half precision a draw can flip, so the first tokens' entropies
+    are compared, which depend on the prompts alone."""
+    prompts, keys, vocab = many(any_model)
+    exact = sample(any_model, prompts, keys, vocab, 20, entropies=True).entropy[:, 0]
+    monkeypatch.setattr(any_model, "autocasts", True, raising=False)
+    for cache in ("growing", "fixed"):
+        rollouts = sample(any_model, prompts, keys, vocab, 20, entropies=True, cache=cache)
+        torch.testing.assert_close(rollouts.entropy[:, 0], exact, rtol=0.05, atol=0.05)
+
+
+def test_the_fixed_cache_does_not_wait_for_its_longest_row_at_full_width(model, monkeypatch):
+    """Rows times columns that attention reads: with one long response among fifteen short ones, less than a third of
+    what a cache of the final size reads."""
+    monkeypatch.setattr(common._FixedCache, "block", 16)
+    prompts, new, read = [(5, 6, 7)] * 16, 120, []
+    step = common._FixedCache.step
+    monkeypatch.setattr(
+        common._FixedCache, "step", lambda self, y=None: read.append(self.filled.numel()) or step(self, y)
+    )
+    ends = lambda y, _: (torch.arange(len(y)) > 0) & (len(read) > 4 + torch.arange(len(y)))  # noqa: E731  all but row 0
+    monkeypatch.setattr(torch, "isin", ends)
+    rollouts = sample(model, prompts, keys_for(prompts), vocab_of(model), new, cache="fixed")
+    lengths = list(map(len, rollouts.responses()))
+    assert lengths[0] == new and max(lengths[1:]) <= 20
+    assert sum(read) < 0.33 * 16 * (3 + new) * new
+
+
+def test_auto_uses_the_fixed_cache_where_it_pays_and_works(any_model, model, monkeypatch):
+    """It pays on a GPU; here we only pretend that there is one."""
+    assert common._decoder(any_model, "auto") is common._GrowingCache
+    on_gpu = type("Parameter", (), {"device": torch.device("cuda")})
+    monkeypatch.setattr(type(any_model), "parameters", lambda self: iter([on_gpu]))
+    assert common._decoder(any_model, "auto") is common._FixedCache
+    monkeypatch.setattr(any_model.config, "_attn_implementation", "flash_attention_2")
+    assert common._decoder(any_model, "auto") is common._GrowingCache
+
+
+def test_scoring_without_masks_equals_scoring_with_them(any_model):
+    prompts, keys, vocab = many(any_model)
+    rollouts = sample(any_model, prompts, keys, vocab, 64)
+    with torch.no_grad():
+        states = any_model.base_model(**rollouts.inputs(), use_cache=False).last_hidden_state
+        expected = states[:, rollouts.prompt_len - 1 : -1][rollouts.mask]
+        torch.testing.assert_close(response_hidden(any_model, rollouts), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rollouts_stop_at_every_end_token_and_the_end_token_counts(model):

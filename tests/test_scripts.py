@@ -47,7 +47,7 @@ def code_diff(a, b):
     return [line[0] + line[1:].strip() for line in lines if line[0] in "+-"]
 
 
-HOW = "micro_loss, micro_entropy = weighted_kl({}, student, teacher, micro, weights, vocab, u)"
+HOW = "micro_loss, micro_entropy = weighted_kl({}, student, teacher, micro, weights, vocab, u, args.ends)"
 ON_POLICY = "rollouts = sample(student, batch.prompts, batch.keys, vocab, **sampling)"
 OFF_POLICY = "rollouts = stored_rollouts(teacher, batch, vocab, args.out_dir, args.teacher_samples, **sampling)"
 KL = ["-" + HOW.format("reverse_kl"), "+" + HOW.format("forward_kl")]
@@ -202,7 +202,8 @@ def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tm
         return len(sampled)
 
     assert count("sft_offpolicy", "a") == 12  # 12 prompts, two epochs
-    assert count("sft_offpolicy", "b", lr=1e-4, seed=5) == 0  # another run
+    assert count("sft_offpolicy", "b", lr=1e-4, rollout_batch_size=2) == 0  # another run
+    assert count("sft_offpolicy", "l", seed=5) == 12  # another seed: the teacher's answers vary with it
     assert count("offline_rl_distill", "c") == 0  # another script
     assert count("sft_offpolicy", "d", max_new_tokens=3) == 0  # a shorter training length
     assert 0 < count("sft_offpolicy", "e", max_new_tokens=9) <= 12  # longer: what ended before is kept
