@@ -236,8 +236,10 @@ def weighted_loss(token_loss, model, batch, weights, vocab, chunk=None):
 
 
 def _chunk(hidden, vocab):
-    """How many tokens' logits may exist at a time: what stays in a CPU's cache, or fills a GPU."""
-    tokens = (2_500_000 if hidden.device.type == "cpu" else 2**27) // vocab.size
+    """How many tokens' logits may exist at a time. On a GPU as many as half a gigabyte holds; on a CPU as many as stay
+    in its cache, and enough to be worth a pass over a head that does not."""
+    on_cpu = hidden.device.type == "cpu"
+    tokens = max(2_500_000 // vocab.size, hidden.shape[-1] // 12) if on_cpu else 2**27 // vocab.size
     return max(16, tokens // 16 * 16)  # matrix products like multiples of 16 rows
 
 

@@ -60,7 +60,7 @@ class Args:
     on_closed: Literal["stop", "continue"] = "stop"  # with the last stable checkpoint: end, or train on at its length
     prefixes: Literal["student", "teacher"] = "student"  # WHERE: sampled anew, or once and stored
     kl: Literal["forward", "reverse", "mixed"] = "reverse"  # HOW; mixed by lam
-    lam: float = 0.5  # λ of --kl mixed, the share of reverse KL; >= 0, <= 1
+    lam: float = 0.2  # λ of --kl mixed, the share of reverse KL; >= 0, <= 1
     teacher_samples: int = 1  # of --prefixes teacher: responses per prompt; epochs take turns; >= 1
     temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1; > 0
     top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off; > 0, <= 1

@@ -14,6 +14,8 @@ its states by the expert, do supervised learning. Proposition 1 (i) of arXiv 260
 
 cross-entropy on the teacher's soft targets. It is mass-covering: the student is punished for leaving out what the
 teacher would say. Entropy falls less than under reverse KL; some probability stays on what the teacher would not say.
+A student that ends by another token than its teacher, as a base model does, learns the teacher's soon: this gradient
+is largest where the student does not say what the teacher does. (`--ends as_one` compares all ends as one action.)
 
 What it leaves out, on purpose.
 - The prefixes count as data: no gradient flows through the choice of s.

@@ -57,7 +57,7 @@ class Args:
     temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1; > 0
     top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off; > 0, <= 1
     top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off; >= 0
-    lam: float = 0.5  # λ, the share of reverse KL: 0 is dagger_onpolicy.py, 1 is opd.py; >= 0, <= 1
+    lam: float = 0.2  # λ, the share of reverse KL: 0 is dagger_onpolicy.py, 1 is opd.py; >= 0, <= 1
     estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
     ends: Literal["apart", "as_one"] = "apart"  # as_one: all end tokens are one action in the comparison
     lr: float = 2e-3  # AdamW's learning rate, constant after the warm-up; > 0

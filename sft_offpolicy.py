@@ -14,6 +14,8 @@ nothing is left out of its gradient. Proposition 1 (i) of arXiv 2605.16826 says 
 
 cross-entropy on the teacher's soft targets; `--estimator sampled` draws y, and is SFT on the teacher's tokens. It is
 mass-covering: entropy falls less than under reverse KL.
+A student that ends by another token than its teacher, as a base model does, learns the teacher's soon: this gradient
+is largest where the student does not say what the teacher does. (`--ends as_one` compares all ends as one action.)
 
 What it leaves out, on purpose.
 - The student's own mistakes: it never sees a prefix that it would write and the teacher would not (exposure bias).

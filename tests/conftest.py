@@ -1,5 +1,7 @@
 """Shared fixtures: tiny checkpoints of real architectures, made here so that the suite needs no network."""
 
+import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -73,6 +75,22 @@ def make_checkpoint(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs CUDA, and is skipped without")
+
+
+# Every script with a training loop, found and not listed: a new sibling is tested as soon as it stands there.
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "optimizer.step()" in path.read_text())
+DISTILLATION = [script for script in SCRIPTS if "weighted_kl(" in (ROOT / f"{script}.py").read_text()]
+
+
+def arguments_of(script, world, **more):
+    """The world's arguments, as far as the script has them, with what makes it quick."""
+    fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
+    quick = dict(lengths="2,4,6", h_min=0, held_out=2, group_size=2)
+    return {name: value for name, value in (quick | world | more).items() if name in fields}
 
 
 def write_jsonl(path, rows):

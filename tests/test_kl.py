@@ -12,7 +12,7 @@ from decimal import Context, Decimal, localcontext
 import pytest
 import torch
 
-from common import draw, entropy, forward_kl, mixed_kl, pass_at_k, reverse_kl
+from common import as_one_end, draw, entropy, forward_kl, mixed_kl, pass_at_k, reverse_kl
 
 INF = math.inf
 LAMBDAS = [0.0, 0.5, 1.0]
@@ -215,6 +215,52 @@ def test_slices_of_larger_tensors_give_what_copies_of_them_give(u):
     copies = value_and_grad(mixed_kl, student.contiguous(), teacher.contiguous(), 0.3, u=u)
     torch.testing.assert_close(views[0], copies[0])
     torch.testing.assert_close(views[1][:, 2:-1, ::2], copies[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# All end tokens as one action
+
+
+ENDS = (1, 4)
+
+
+def merged(logits):
+    """The definition, by probabilities: tokens 0, 2, 3, 5 as they are, then the sum of both ends."""
+    p = logits.softmax(-1)
+    return torch.cat([p[..., [0, 2, 3, 5]], p[..., list(ENDS)].sum(-1, keepdim=True)], -1)
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_ends_as_one_is_the_kl_of_the_merged_distributions_and_never_above_the_fine_one(lam):
+    student, teacher = random_logits(50, 6, seed=1).requires_grad_(), random_logits(50, 6, seed=2)
+    coarse = mixed_kl(as_one_end(student, ENDS), as_one_end(teacher, ENDS), lam)
+    p, q = merged(teacher), merged(student)
+    definition = lam * (q * (q / p).log()).sum(-1) + (1 - lam) * (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(coarse, definition, rtol=0, atol=1e-12)
+    grads = [torch.autograd.grad(kl.sum(), student, retain_graph=True)[0] for kl in (coarse, definition)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+    fine = mixed_kl(student, teacher, lam)
+    assert (coarse <= fine + 1e-12).all() and (coarse < fine - 0.01).any()  # data processing
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_ends_as_one_costs_nothing_where_both_split_the_end_alike(lam):
+    student, teacher = random_logits(50, 6, seed=1), random_logits(50, 6, seed=2)
+    for logits in (student, teacher):
+        logits[:, 1] = logits[:, 4] + 0.7
+    coarse = mixed_kl(as_one_end(student, ENDS), as_one_end(teacher, ENDS), lam)
+    torch.testing.assert_close(coarse, mixed_kl(student, teacher, lam), rtol=0, atol=1e-12)
+
+
+def test_a_student_that_ends_in_its_own_way_is_only_punished_where_ends_are_told_apart():
+    """Both want to end here, with .98, and each has a token of its own for it. Apart, reverse KL takes probability from
+    the student's own end and gives the teacher's nothing to speak of; as one, there is nothing to learn."""
+    student = torch.tensor([[0.01, 0.98, 0.01 / 3, 0.01 / 3, 1e-8, 0.01 / 3]], dtype=torch.float64).log()
+    teacher = student[:, [0, 4, 2, 3, 1, 5]]
+    value, grad = value_and_grad(reverse_kl, student, teacher)
+    assert value > 10 and grad[0, 1] > 0.1 and abs(grad[0, 4]) < 1e-6
+    value, grad = value_and_grad(lambda s: reverse_kl(as_one_end(s, ENDS), as_one_end(teacher, ENDS)), student)
+    assert value < 1e-12 and grad.abs().max() < 1e-9
 
 
 # ----------------------------------------------------------------------------------------------------------------

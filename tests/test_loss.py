@@ -5,7 +5,7 @@ import torch
 import transformers
 from conftest import make_checkpoint
 
-from common import as_one_end, forward_kl, make_rollouts, mixed_kl, reverse_kl, uniforms, weighted_kl
+from common import Head, as_one_end, forward_kl, make_rollouts, mixed_kl, reverse_kl, sample, uniforms, weighted_kl
 from runs import Vocab
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13)]
@@ -116,6 +116,53 @@ def test_micro_batches_give_the_same_gradient(pair):
         grads.append(grad)
     for grad in grads[1:]:
         torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_ends_as_one_goes_through_the_same_call(pair, name, estimator):
+    """Any divergence, either estimator: what is compared are the merged distributions."""
+    batch = rollouts()
+    two_ends = Vocab(None, V, (7, 302), pad_id=302)
+    u = uniforms(batch.keys, 13, "test") if estimator == "sampled" else None
+    loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 16, two_ends, u, ends="as_one", chunk=5)
+    rows = iter([] if u is None else [u[0, :3], u[1]])
+
+    def divergence(s, t):
+        return DIVERGENCES[name](as_one_end(s, (7, 302)), as_one_end(t, (7, 302)), u=next(rows, None))
+
+    expected = full_logits_loss(divergence, *pair)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(pair[0], loss), gradient(pair[0], expected), rtol=1e-4, atol=1e-6)
+
+
+def test_in_half_precision_the_head_multiplies_bf16_and_its_gradient_adds_up_in_fp32(pair, monkeypatch):
+    student, teacher = pair
+    monkeypatch.setattr(student, "autocasts", True, raising=False)
+    head = Head(student, vocab())
+    assert head.weight.dtype == torch.bfloat16 and head.parameters[0].dtype == torch.float32
+    assert Head(teacher.bfloat16(), vocab()).weight.dtype == torch.bfloat16
+    batch, results = rollouts(), []
+    for half in (True, False):
+        student.autocasts = half
+        teacher.to(torch.bfloat16 if half else torch.float32)
+        assert head(torch.ones(2, 32)).dtype == torch.float32
+        loss, _ = weighted_kl(reverse_kl, *pair, batch, batch.mask / 16, vocab(), chunk=3)
+        results.append((loss, gradient(student, loss)))
+    (half_loss, half_grad), (loss, grad) = results
+    assert half_grad.dtype == torch.float32 and 0 < (half_grad - grad).norm() < 0.05 * grad.norm()
+    assert half_loss.item() == pytest.approx(loss.item(), rel=0.02)
+
+
+def test_no_head_runs_for_a_position_that_is_not_scored(pair, monkeypatch):
+    """The body is asked for hidden states; the model with its LM head, which costs V·H a position, is not called."""
+    student, teacher = pair
+    for model in pair:
+        monkeypatch.setattr(model, "forward", None)
+        monkeypatch.setattr(model.lm_head, "forward", None)
+    batch = rollouts()
+    weighted_kl(forward_kl, student, teacher, batch, batch.mask / 16, vocab())
+    sample(student, PROMPTS, [(0, 0, 0), (0, 0, 1)], vocab(), 3)
 
 
 def test_split_keeps_every_row_once_and_trims_padding():

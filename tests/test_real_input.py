@@ -7,12 +7,13 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_checkpoint, make_tokenizer, read_log, write_jsonl
+from conftest import DISTILLATION, ROOT, make_checkpoint, make_tokenizer, read_log, write_jsonl
 from test_scripts import run
 
 import opd
+import runs
 import tasks
-from runs import check_args, load_model, load_vocab, parse
+from runs import check_args, load_model, load_vocab, parse, precision
 
 GSM8K = {
     "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
@@ -110,6 +111,18 @@ def test_prompts_and_ends_are_shared(world):
     assert vocab.tokenizer.decode(problems[0].prompt).endswith("<|im_start|>assistant\n")
 
 
+def test_the_instruction_is_part_of_every_prompt_and_of_the_teachers_store(world, tmp_path):
+    args = parse(opd.Args, ["--student", world["student"], "--teacher", world["teacher"], "--instruction", "Box it."])
+    problems = [tasks.Problem("Is 7 prime?", "1")]
+    vocab = load_vocab(args, [problems])
+    assert "<|im_start|>user\nIs 7 prime?\nBox it.<|im_end|>" in vocab.tokenizer.decode(problems[0].prompt)
+    for name, instruction in (("a", ""), ("b", "Box it."), ("c", "Box it.")):
+        run("sft_offpolicy", **world, instruction=instruction, out_dir=tmp_path / name)
+    assert len(list((tmp_path / "teacher_rollouts").iterdir())) == 2
+    logs = [read_log(tmp_path / name) for name in "abc"]
+    assert logs[0] != logs[1] == logs[2]
+
+
 def test_what_the_loss_does_at_an_end_token(world):
     """The end token is a response token like any other: it is scored, under its own id. Where the teacher would end
     with <|im_end|> and the student ended with <|endoftext|>, the KL at that position says so."""
@@ -133,27 +146,45 @@ def test_what_the_loss_does_at_an_end_token(world):
 # ----------------------------------------------------------------------------------------------------------------
 # Recipes, precision, memory
 
-PAPER = dict(  # what design and docstring of the recipes say of the paper and its authors' follow-up
+PAPER = dict(  # what public notes quote of the paper, and its authors' follow-up
     student="Qwen/Qwen3-0.6B-Base", data="agentica-org/DeepScaleR-Preview-Dataset", temperature=1.0, top_p=0.95, top_k=20,
-    lr=5e-7, warmup=0.05, batch_size=32, steps=1500, max_new_tokens=1024, thinking=False, precision="bf16",
-    eval_temperature=0.6, eval_k=8, eval_max_new_tokens=4096,
+    lr=5e-7, warmup=0.05, batch_size=32, steps=1000, max_new_tokens=1024, thinking=False, precision="bf16",
+    eval_temperature=0.6, instruction="Please reason step by step, and put your final answer within \\boxed{}.",
 )  # fmt: skip
+RL = dict(PAPER, student="runs/opd/model", lr=1e-6, max_new_tokens=4096, temperature=1.0, top_p=1.0, top_k=0)
+RECIPES = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.txt"))}
 
 
-@pytest.mark.parametrize(
-    "script", ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd", "kl_mix", "curriculum"]
-)
+def parsed(script, recipe, *more):
+    return parse(importlib.import_module(script).Args, ["--recipe", str(ROOT / "recipes" / recipe), *more])
+
+
+@pytest.mark.parametrize("script", [script for script in DISTILLATION if script != "curriculum"])
 @pytest.mark.parametrize("teacher", ["4B", "8B"])
 def test_one_flag_brings_the_papers_setting(script, teacher):
-    module = importlib.import_module(script)
-    args = parse(module.Args, ["--recipe", str(ROOT / f"recipes/qwen3-{teacher.lower()}.txt"), "--seed", "7"])
+    args = parsed(script, f"qwen3-{teacher.lower()}.txt", "--seed", "7")
     assert vars(args) == vars(args) | PAPER | {"teacher": f"Qwen/Qwen3-{teacher}", "seed": 7}
-    assert [name.split(":")[0].split("/")[1] for name in args.eval_data.split(",")] == [
-        "aime_2024",
-        "amc23",
-        "MATH-500",
-        "gsm8k",
-    ]
+    assert getattr(args, "lam", 0.2) == 0.2
+    names = [name.split(":")[0].split("/")[1] for name in args.eval_data.split(",")]
+    assert names == ["aime_2024", "amc23", "MATH-500", "gsm8k"]
+
+
+def test_curriculum_rl_and_final_evaluation_have_recipes_of_their_own():
+    args = parsed("curriculum", "qwen3-curriculum.txt")
+    assert vars(args) == vars(args) | PAPER | {"max_new_tokens": 4096}
+    assert args.lengths.startswith("128,") and args.lengths.endswith(",4096")
+    args = parsed("grpo", "qwen3-grpo.txt")
+    assert vars(args) == vars(args) | RL and args.group_size == 8
+    args = parsed("evaluate", "qwen3-eval.txt")
+    assert (args.eval_max_new_tokens, args.eval_problems, args.instruction) == (8192, 0, PAPER["instruction"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_good_for_the_command_in_its_first_line_and_asks_for_a_mark(recipe):
+    script = re.search(rf"python (\w+)\.py --recipe recipes/{recipe}", RECIPES[recipe].splitlines()[0])[1]
+    args = parsed(script, recipe)
+    check_args(args)
+    assert "\\boxed{}" in args.instruction
 
 
 def test_every_value_of_a_recipe_says_whose_it_is():
@@ -168,8 +199,6 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
     for argv in (["--recipe", str(recipe), "--steps", "9"], ["--steps", "9", f"--recipe={recipe}"]):
         args = parse(opd.Args, argv)
         assert (args.lr, args.steps, args.out_dir) == (5e-7, 9, "a folder")
-    grpo = importlib.import_module("grpo")
-    assert parse(grpo.Args, ["--recipe", str(ROOT / "recipes/qwen3-grpo.txt")]).group_size == 8
     for content, says in (
         (None, "cannot be read"),
         ("--lr 'x", "cannot be read"),
@@ -184,6 +213,26 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
         parse(opd.Args, ["--recipe"])
 
 
+@pytest.mark.parametrize(
+    "gpu, able, real, expected",
+    [(True, False, False, "bf16"), (False, True, True, "bf16"), (False, True, False, "fp32"), (False, False, True, "fp32")],
+)
+def test_auto_is_bf16_on_a_gpu_and_for_real_models_on_processors_made_for_it(gpu, able, real, expected, world, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(runs, "is_toy", lambda config: not real)
+    assert runs.resolve_precision(opd.Args(**world)) == expected
+    assert runs.resolve_precision(opd.Args(**world | dict(precision="fp32"))) == "fp32"
+
+
+def test_the_record_holds_the_precision_that_was_meant(world, tmp_path):
+    run("opd", **world, out_dir=tmp_path / "run")
+    assert json.loads((tmp_path / "run/args.json").read_text())["precision"] in ("fp32", "bf16")
+    assert runs.is_toy(transformers.AutoConfig.from_pretrained(world["student"]))
+    assert not runs.is_toy(transformers.Qwen3Config())
+
+
 def test_small_steps_move_fp32_weights_and_not_those_in_bf16(world, tmp_path):
     """Why the student is kept in fp32: at a learning rate of 5e-7 an update of a bf16 weight is rounded away."""
     args = parse(opd.Args, [])
@@ -196,7 +245,9 @@ def test_small_steps_move_fp32_weights_and_not_those_in_bf16(world, tmp_path):
         before = [p.detach().clone() for p in student.parameters()]
         optimizer = torch.optim.AdamW(student.parameters(), lr=5e-7, weight_decay=0.0, fused=True)
         for _ in range(20):
-            student(input_ids=torch.arange(60)[None]).logits.float().logsumexp(-1).sum().backward()
+            with precision(student):
+                logits = student(input_ids=torch.arange(60)[None]).logits
+            logits.float().logsumexp(-1).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         weights = torch.cat([(p != b).flatten() for p, b in zip(student.parameters(), before) if p.abs().max() > 0])

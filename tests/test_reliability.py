@@ -9,24 +9,14 @@ import signal
 import pytest
 import torch
 import transformers
-from conftest import read_log
+from conftest import SCRIPTS, arguments_of, read_log
 from distributed_worker import even_length
 from test_scripts import run
 
 import common
 import runs
 
-SCRIPTS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd", "kl_mix", "curriculum", "grpo"]
-
-
-def arguments_of(script, world):
-    arguments = world | dict(steps=6, save_every=2, eval_every=3, eval_k=1)
-    if script == "curriculum":
-        arguments |= dict(lengths="2,4,6", h_min=0, held_out=2)
-    if script == "grpo":
-        arguments |= dict(group_size=2, batch_size=2, updates_per_step=2)
-        del arguments["teacher"]
-    return arguments
+LONGER = dict(steps=6, save_every=2, eval_every=3, eval_k=1, updates_per_step=2)
 
 
 class Killed(BaseException):
@@ -52,7 +42,7 @@ def die_at(patch, module, name, nth, before):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, tmp_path, monkeypatch):
     """Ten kills on the way to one result: sampling, scoring, updating, evaluating, logging, and at every stage of saving."""
-    module, arguments = importlib.import_module(script), arguments_of(script, world)
+    module, arguments = importlib.import_module(script), arguments_of(script, world, **LONGER)
     if script == "grpo":
         monkeypatch.setattr(module, "grade", even_length)
     run(script, **arguments, out_dir=tmp_path / "whole/run")
@@ -112,7 +102,7 @@ class no_room:
 
 @pytest.mark.parametrize("limit, full", [(0, "args.json"), (2000, "state-4"), (60_000, "state-4")])
 def test_a_full_disk_ends_in_one_line_and_costs_nothing(limit, full, world, tmp_path, capsys):
-    arguments = arguments_of("opd", world)
+    arguments = arguments_of("opd", world, **LONGER)
     run("opd", **arguments, out_dir=tmp_path / "whole")
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # a run that has saved step 2
@@ -130,7 +120,7 @@ def test_a_full_disk_ends_in_one_line_and_costs_nothing(limit, full, world, tmp_
 
 
 def test_no_room_for_the_model_and_none_for_the_teachers_rollouts(world, tmp_path, capsys):
-    arguments = arguments_of("sft_offpolicy", world)
+    arguments = arguments_of("sft_offpolicy", world, **LONGER)
     run("sft_offpolicy", **arguments, out_dir=tmp_path / "a/whole")
     out = tmp_path / "b/run"
     with pytest.MonkeyPatch.context() as patch:

@@ -243,3 +243,21 @@ def test_flops_are_what_torch_counts(model):
     counted = counter.get_total_flops()
     assert sequence_flops(model, torch.tensor([R]), torch.tensor([P])).item() == counted
     model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("arch, moe", [
+    ("Qwen3Moe", dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1, head_dim=8)),
+    ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+])  # fmt: skip
+def test_flops_of_a_mixture_of_experts_are_those_of_the_experts_that_a_token_uses(arch, moe, tmp_path):
+    """By hand: 32 wide, 2 layers, 4 heads of 8 and 2 KV heads; a gated expert is three matrices."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path, arch=arch, tied=False, **moe))
+    width = moe.get("moe_intermediate_size", 64)
+    experts = moe.get("num_experts") or moe["num_local_experts"]
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + experts * 32 + 2 * 3 * 32 * width  # q, o; k, v; router; two experts
+    P, R = 6, 9
+    n = P + R - 1
+    by_hand = 2 * 2 * layer * n + 4 * n * (n + 1) / 2 * 2 * 4 * 8 + 2 * model.config.vocab_size * 32 * R
+    assert sequence_flops(model, torch.tensor([R]), torch.tensor([P])).item() == by_hand
+    rollouts = sample(model, PROMPTS, keys_for(PROMPTS), vocab_of(model, [3]), 5)
+    assert common._decoder(model, "auto") is common._GrowingCache and rollouts.mask.any()

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_checkpoint, read_log
+from conftest import DISTILLATION, ROOT, SCRIPTS, arguments_of, make_checkpoint, read_log
+from distributed_worker import even_length
 
 from runs import parse
 
-SCRIPTS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd"]
+CORNERS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd"]
 
 
 def argv(arguments):
@@ -61,7 +62,7 @@ def test_siblings_differ_in_the_idea_and_nothing_else(other, expected):
     assert code_diff("opd", other) == expected
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", CORNERS)
 def test_a_script_can_be_read_at_one_sitting(script):
     text = (ROOT / f"{script}.py").read_text()
     lines = text.splitlines()
@@ -74,9 +75,9 @@ def test_a_script_can_be_read_at_one_sitting(script):
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", DISTILLATION)
 def test_a_run_leaves_what_its_contract_says(script, estimator, world, tmp_path):
-    run(script, **world, out_dir=tmp_path / "run", estimator=estimator, eval_every=2)
+    run(script, **arguments_of(script, world, estimator=estimator, eval_every=2), out_dir=tmp_path / "run")
     rows = read_log(tmp_path / "run", times=True)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     keys = {
@@ -91,7 +92,7 @@ def test_a_run_leaves_what_its_contract_says(script, estimator, world, tmp_path)
         "seconds",
         "flops",
     }
-    evaluated = {"avg_at_k", "pass_at_k", "eval_len", "eval_entropy"}
+    evaluated = {"avg_at_k", "pass_at_k", "eval_len", "eval_entropy", "eval_marked"}
     assert all(keys <= set(row) for row in rows[1:])
     assert [evaluated <= set(row) for row in rows] == [True, False, True, True]
     assert set(rows[0]) - {"step"} <= {key for key in rows[2]} - keys, "line 0 holds an evaluation and nothing else"
@@ -116,25 +117,58 @@ def test_the_student_moves_and_the_teacher_does_not(world, tmp_path, monkeypatch
     assert all(p.grad is None and not p.requires_grad for p in loaded[1].parameters())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_null_student_equal_to_teacher_has_nothing_to_learn(script, world, tmp_path):
-    run(script, **world | {"student": world["teacher"]}, out_dir=tmp_path / "run")
+@pytest.mark.parametrize("ends", ["apart", "as_one"])
+@pytest.mark.parametrize("script", DISTILLATION)
+def test_null_student_equal_to_teacher_has_nothing_to_learn(script, ends, world, tmp_path):
+    run(script, **arguments_of(script, world, student=world["teacher"], ends=ends), out_dir=tmp_path / "run")
     assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-4 for row in read_log(tmp_path / "run")[1:2])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_micro_batches_do_not_change_a_run(script, world, tmp_path):
+def test_batches_of_any_size_do_not_change_a_run(script, world, tmp_path, monkeypatch):
     """Weights are mask / tokens of the *global* batch, not means of means: with responses of different lengths the
     two differ. And random numbers belong to rows, not to batches."""
     logs = []
+    if script == "grpo":
+        monkeypatch.setattr(importlib.import_module(script), "grade", even_length)
+    more = dict(steps=1, estimator="sampled", max_new_tokens=30, lengths="30", held_out=3, batch_size=8)
     for size in (1, 4):
-        arguments = world | dict(micro_batch_size=size, steps=1, estimator="sampled", max_new_tokens=30, batch_size=8)
-        run(script, **arguments, out_dir=tmp_path / str(size))
+        sizes = dict(micro_batch_size=size, rollout_batch_size=(size + 2) % 6)
+        run(script, **arguments_of(script, world, **more, **sizes), out_dir=tmp_path / str(size))
         logs.append(read_log(tmp_path / str(size))[1])
     for key in ("loss", "grad_norm", "entropy"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-5)
     assert logs[0]["response_len"] == logs[1]["response_len"]
     assert logs[0]["response_len"] % 1, "of different lengths"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_step_goes_as_far_as_clipping_and_warm_up_allow(script, world, tmp_path, monkeypatch):
+    """Plain SGD moves the weights by lr · gradient; the gradient's norm is clipped to 1e-3, and at step s of a warm-up
+    of 5 the rate is s/5 of --lr, afterwards all of it."""
+    moved = []
+
+    class SGD(torch.optim.SGD):
+        def __init__(self, params, lr, **others):
+            super().__init__(params, lr=lr)
+
+        def step(self, closure=None):
+            weights = self.param_groups[0]["params"]
+            before = [p.detach().clone() for p in weights]
+            super().step()
+            if self.param_groups[0]["lr"]:  # saving makes a step of its own, at rate 0
+                moved.append(sum((p - b).double().square().sum() for p, b in zip(weights, before)).sqrt().item())
+
+    monkeypatch.setattr(torch.optim, "AdamW", SGD)
+    if script == "grpo":
+        monkeypatch.setattr(importlib.import_module(script), "grade", even_length)
+    more = dict(steps=10, warmup=0.5, max_grad_norm=1e-3, lr=10.0, eval_every=0, save_every=100, group_size=8)
+    run(script, **arguments_of(script, world, **more), out_dir=tmp_path / "run")
+    rows = read_log(tmp_path / "run")[1:]
+    for step, distance, row in zip(range(1, 11), moved, rows, strict=True):
+        assert row["lr"] == pytest.approx(10.0 * min(1, step / 5))
+        assert row["grad_norm"] > 2e-3, "there is something to clip"
+        assert distance == pytest.approx(1e-3 * row["lr"], rel=0.02)  # fp32 weights round
 
 
 def test_sampling_temperature_does_not_reach_the_loss(world, tmp_path):
