@@ -54,7 +54,7 @@ def test_the_mixture_adds_one_field_and_changes_the_marked_line():
         "+from functools import partial",
         "-from common import forward_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl",
         "+from common import mixed_kl, sample, sequence_flops, uniforms, weighted_kl",
-        "+lam: float = 0.5",
+        "+lam: float = 0.2",
         "+kl = partial(mixed_kl, lam=args.lam)",
         "-micro_loss, micro_entropy = weighted_kl(reverse_kl, student, teacher, micro, weights, vocab, u, args.ends)",
         "+micro_loss, micro_entropy = weighted_kl(kl, student, teacher, micro, weights, vocab, u, args.ends)",
