@@ -1,85 +1,41 @@
-"""What every script of this repository shares: KL math, sampling, and Pass@k.
+"""KL math, sampling, evaluation: with one script, all that a reader needs. Read it from the top.
 
-(Evaluation stands in evaluate.py; arguments, model files, processes and output directories in runs.py; data sets,
-prompts and grading in tasks.py.)
-Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes
-(`sample(student, ...)` or `stored_rollouts(teacher, ...)`) and which divergence (`forward_kl` or `reverse_kl`).
+Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes (`sample(student,
+...)` or the teacher's rollouts) and which divergence (`forward_kl` or `reverse_kl`). plumbing/ may be skipped.
 
-Notation: B sequences, P prompt tokens, R response tokens, T = P + R, H hidden size, V vocabulary size; p_T (p) is
-the frozen teacher, q_θ (q) the student. Logits at position t predict token t + 1. KLs and entropies are in nats.
+Notation: B sequences, P prompt tokens, R response tokens, T = P + R, H hidden size, V vocabulary size; p_T (p) is the
+frozen teacher, q_θ (q) the student. Logits at position t predict token t + 1. KLs and entropies are in nats. Arguments
+come student first, teacher second; forward KL, KL(p‖q), is written the other way round.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import transformers
+from tqdm import tqdm
 
-from runs import RolloutStore, body, gather, precision, total, whole_weights
-from tasks import refuse
+from plumbing.fast import Head, decoder_for, response_hidden, sampling_logits, sequence_flops, weighted_loss
+from plumbing.models import autocast
+from plumbing.processes import gather, is_main, rank_and_world, sum_over_processes, unsharded
+from plumbing.runs import Store
+from plumbing.tasks import find_answer, grade
 
 # ----------------------------------------------------------------------------------------------------------------
-# KL math
+# 1. KL math
 
 
-class _KL(torch.autograd.Function):
-    """λ·KL(q‖p) + (1−λ)·KL(p‖q) at every prefix. Its backward *is* Proposition 1 of arXiv 2605.16826.
+def kl_by_definition(a_logits, b_logits):
+    """KL(a‖b) = E_{y~a}[ log a(y) − log b(y) ], as one writes it first. (..., V), (..., V) -> (...), nats.
 
-    For a softmax, ∇ log q(y) in logit space is onehot(y) − q. Put that into the two statements of the proposition,
-
-        (i)   ∇ KL(p‖q) = − E_{y~p}[ ∇ log q(y) ]                          =  q − p
-        (ii)  ∇ KL(q‖p) =   E_{y~q}[ (log q(y) − log p(y)) ∇ log q(y) ]    =  q · (log q − log p − KL)
-
-    so (i) is cross-entropy on soft targets, and (ii) is a policy gradient whose reward is r = log p − log q and whose
-    baseline is its own mean, −KL. With `u` we draw the one token y that the expectation is over instead of summing.
-    Both KLs share their softmaxes here, and the gradient is formed while they are at hand: V-sized tensors are
-    what costs time and memory, and autograd would keep several of them.
+    forward_kl(student, teacher) is this of (teacher, student), and reverse_kl(student, teacher) of (student, teacher).
+    A divergence of your own may be written like it; what the two below add is speed, half precision, infinities and u.
     """
-
-    @staticmethod
-    def forward(ctx, student_logits, teacher_logits, lam, u):
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)  # in bf16 a KL of .0012 comes out as .0026
-        log_q = student_logits.to(dtype).log_softmax(-1)
-        log_p = teacher_logits.to(dtype).log_softmax(-1)
-        p = None if lam == 1 else log_p.exp()  # for forward KL only
-        nan = 0 * (log_q[..., 0].exp() + log_p[..., 0].exp())  # 0, or NaN where logits are: softmax spreads it over V
-        log_ratio = torch.sub(log_q, log_p, out=log_p)  # −r(s, y), in place, as all that is V wide
-        q = log_q.exp_()
-        kl, grad = nan, None
-        if lam < 1:
-            if u is None:
-                g = q - p
-                value = -p.mul_(log_ratio).nan_to_num_(0.0, math.inf, -math.inf).sum(-1)  # 0 · log 0 = 0
-            else:  # a label from the teacher: ordinary SFT on y
-                y = draw(p, u)[..., None]
-                value, g = -log_ratio.gather(-1, y)[..., 0], q.scatter_add(-1, y, q.new_full(y.shape, -1.0))
-            kl, grad = kl + (1 - lam) * value, g if lam == 0 else g.mul_(1 - lam)
-        if lam > 0:
-            if u is None:
-                g = log_ratio.mul_(q).nan_to_num_(0.0, math.inf, -math.inf)
-                value = g.sum(-1)
-                g.addcmul_(q, value[..., None], value=-1)
-            else:  # an action of the student, reinforced by the reward r = −log_ratio
-                y = draw(q, u)[..., None]
-                cost = log_ratio.gather(-1, y)
-                value, g = cost[..., 0], (-q * cost).scatter_add_(-1, y, cost)
-            kl, grad = kl + lam * value, g if grad is None else grad.add_(g, alpha=lam)
-        ctx.save_for_backward(grad)
-        ctx.dtype = student_logits.dtype
-        return kl
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        (grad,) = ctx.saved_tensors
-        return (grad_output[..., None] * grad).to(ctx.dtype), None, None, None
+    log_a, log_b = a_logits.log_softmax(-1), b_logits.log_softmax(-1)
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
 def forward_kl(student_logits, teacher_logits, u=None):
@@ -111,6 +67,58 @@ def mixed_kl(student_logits, teacher_logits, lam, u=None):
     return _KL.apply(student_logits, teacher_logits, float(lam), u)
 
 
+class _KL(torch.autograd.Function):
+    """λ·KL(q‖p) + (1−λ)·KL(p‖q) at every prefix. Its backward *is* Proposition 1 of arXiv 2605.16826.
+
+    For a softmax, ∇ log q(y) in logit space is onehot(y) − q. Put that into the two statements of the proposition, and
+    (i) is q − p, cross-entropy on soft targets; (ii) is q · (log q − log p − KL), a policy gradient whose reward is
+    log p − log q and whose baseline is its own mean. `u` draws the one token y that an expectation is over, and a
+    one-hot takes the place of its distribution. The gradient is formed while the softmaxes are at hand: V-sized
+    tensors are what costs time and memory, and autograd would keep several of them.
+    """
+
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, lam, u):
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)  # in bf16 a KL of .0012 comes out as .0026
+        log_q, log_p = (logits.to(dtype).log_softmax(-1) for logits in (student_logits, teacher_logits))
+        p = log_p.exp() if lam < 1 else None
+        log_ratio = torch.sub(log_q, log_p, out=log_p)  # in place, here and below: log_p and log_q are gone
+        q = log_q.exp_()
+        parts = []
+        if lam < 1:  # (i)  ∇ KL(p‖q) = − E_{y~p}[ ∇ log q(y) ]
+            expected = p if u is None else one_hot(draw(p, u), p)
+            grad = q - expected
+            parts.append((1 - lam, -_times(expected, log_ratio).sum(-1), grad))
+        if lam > 0:  # (ii)  ∇ KL(q‖p) = E_{y~q}[ (log q(y) − log p(y)) ∇ log q(y) ]
+            expected = q if u is None else one_hot(draw(q, u), q)
+            grad = _times(expected, log_ratio)
+            kl = grad.sum(-1)
+            parts.append((lam, kl, grad.addcmul_(q, kl[..., None], value=-1)))
+        (share, kl, grad), *other = parts
+        for other_share, other_kl, other_grad in other:
+            kl = share * kl + other_share * other_kl
+            grad = grad.mul_(share).add_(other_grad, alpha=other_share)
+        ctx.save_for_backward(grad)
+        ctx.dtype = student_logits.dtype
+        return kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        (grad,) = ctx.saved_tensors
+        return (grad_output[..., None] * grad).to(ctx.dtype), None, None, None
+
+
+def one_hot(y, like):
+    """(...), (..., V) -> (..., V): 1 at token y."""
+    return torch.zeros_like(like).scatter_(-1, y[..., None], 1.0)
+
+
+def _times(probs, x):
+    """probs · x, with 0 · log 0 = 0."""
+    return (probs * x).masked_fill_(probs == 0, 0.0)
+
+
 def entropy(logits):
     """H(softmax(logits)) = −Σ_y q(y) log q(y). (..., V) -> (...), nats, in fp32 where the input is half precision."""
     log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -130,170 +138,34 @@ def as_one_end(logits, end_ids):
     return torch.cat([logits[..., others], logits[..., end_ids].logsumexp(-1, keepdim=True)], -1)
 
 
-class Head:
-    """A model's LM head: hidden states (n, H) -> logits (n, V), over the common vocabulary, in fp32.
+def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estimator="exact", ends="apart", chunk=None):
+    """Σ token_weights · divergence(q_θ, p_T) over the response tokens of a batch of rollouts.
 
-    Sampler and loss both go through it, so that what is scored is what was sampled. Operands are in the precision that
-    the model computes in: `weight` (V, H) and `bias` (V) are copies in it, `parameters` the model's own.
-    """
-
-    def __init__(self, model, vocab, device=None):
-        head, config = model.get_output_embeddings(), model.config.get_text_config()
-        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                refuse(f"{type(model).__name__} scales its logits ({name}): the chunked head does not, add it there")
-        weight, bias = head.weight, getattr(head, "bias", None)
-        if len(weight) > vocab.size:  # slicing only where it crops: its backward is a copy of the whole
-            weight, bias = weight[: vocab.size], None if bias is None else bias[: vocab.size]
-        dtype = torch.bfloat16 if getattr(model, "autocasts", False) else weight.dtype
-        self.parameters = weight, bias
-        self.weight, self.bias = (None if x is None else x.detach().to(device, dtype) for x in (weight, bias))
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-
-    def __call__(self, hidden):
-        return self.cap(self.linear(hidden))
-
-    def linear(self, hidden):
-        logits = _matmul(hidden.to(self.weight.dtype), self.weight.T)
-        return logits if self.bias is None else logits + self.bias
-
-    def cap(self, logits):
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def _matmul(a, b):
-    """a @ b for matrices; of half-precision ones in fp32, in which a GPU adds them up anyway. (A CPU lacks that kernel:
-    there the product is rounded once.)"""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """LM head and token loss, one chunk of tokens at a time, with the gradient formed in the forward pass.
-
-    N = B·R response tokens times V = 151,936 fp32 logits, times the several such tensors that a KL needs (logits,
-    log-probabilities and probabilities of both models, gradient), is gigabytes.
-    But a token's loss needs only its own logits: so for each chunk we form them, get d loss / d logits (n, V), push
-    that through the head at once, and keep only what is H wide. Nothing V-sized outlives its chunk.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, head, token_loss, weights, chunk):
-        dtype = torch.promote_types(weight.dtype, torch.float32)  # many small chunks are added up: not in bf16
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=dtype)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
-        loss, mean_entropy = weights.new_zeros(()), weights.new_zeros(())
-
-        def grad_logits(c):  # a function of its own, so that what is V wide goes when it returns
-            nonlocal loss, mean_entropy
-            logits = head.linear(hidden[c]).requires_grad_()  # (n, V), a leaf: forward records no graph
-            with torch.enable_grad():
-                capped = head.cap(logits)
-            mean_entropy = mean_entropy + (entropy(capped.detach()) * weights[c]).sum()
-            with torch.enable_grad():
-                losses = token_loss(capped, c)  # (n,)
-            loss = loss + (losses.detach() * weights[c]).sum()
-            return torch.autograd.grad(losses, logits, weights[c].to(losses.dtype))[0]  # (n, V): Proposition 1 at work
-
-        for c in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
-            grad = grad_logits(c)
-            if bias is not None:
-                grad_bias += grad.sum(0)
-            grad, states = grad.to(head.weight.dtype), hidden[c].to(head.weight.dtype)
-            grad_hidden[c] = _matmul(grad, head.weight).to(hidden.dtype)
-            if grad.dtype == dtype:
-                grad_weight.addmm_(grad.T, states)
-            else:
-                grad_weight += _matmul(grad.T, states)
-            del grad
-        ctx.grads = grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
-        ctx.mark_non_differentiable(mean_entropy)
-        return loss, mean_entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
-        if ctx.grads is None:
-            raise RuntimeError("this loss gave its gradient away in its first backward pass: compute it again")
-        grads, ctx.grads = ctx.grads, None  # handed over, not copied: the head's alone is V·H
-        return (*(None if g is None else g.mul_(grad_loss) for g in grads), None, None, None, None)
-
-
-def weighted_loss(token_loss, model, batch, weights, vocab, chunk=None):
-    """Σ weights · token_loss over the response tokens of a batch of rollouts.
-
-    token_loss(logits (n, V), c) -> (n,): differentiable; c is the slice of the N = batch.mask.sum() response tokens
-    that this chunk holds, in the order of tensor[batch.mask]. weights (B, R): what each response token counts, the
-    caller's business, e.g. mask / number of response tokens in the global batch; padding is never looked at.
-    chunk: tokens whose logits exist at the same time.
-    -> loss (), differentiable in the model's parameters, and Σ weights · entropy (), detached, in nats.
-    """
-    hidden = response_hidden(model, batch)  # (N, H): only real response tokens, so padding cannot leak
-    head = Head(model, vocab)
-    chunk, weights = chunk or _chunk(hidden, vocab), weights[batch.mask].to(hidden.device)
-    return _ChunkedLoss.apply(hidden, *head.parameters, head, token_loss, weights, chunk)
-
-
-def _chunk(hidden, vocab):
-    """How many tokens' logits may exist at a time. On a GPU as many as half a gigabyte holds; on a CPU as many as stay
-    in its cache, and enough to be worth a pass over a head that does not."""
-    on_cpu = hidden.device.type == "cpu"
-    tokens = max(2_500_000 // vocab.size, hidden.shape[-1] // 12) if on_cpu else 2**27 // vocab.size
-    return max(16, tokens // 16 * 16)  # matrix products like multiples of 16 rows
-
-
-def weighted_kl(divergence, student, teacher, batch, weights, vocab, u=None, ends="apart", chunk=None):
-    """Σ weights · divergence(q_θ, p_T) over the response tokens of a batch of rollouts.
-
-    divergence: forward_kl, reverse_kl or any function of two logit tensors (n, V), (n, V) -> (n,); one that has no
-    `u` argument works without the sampled estimator. u (B, R): uniform numbers for the sampled estimator.
-    ends: "apart" compares the distributions as they are, "as_one" with all end tokens as one action (see as_one_end).
-    weights (B, R), chunk and what is returned: as in weighted_loss.
+    divergence: forward_kl, reverse_kl or any function of two logit tensors (n, V), (n, V) -> (n,). estimator: "exact",
+    or "sampled" for divergences that take `u`. ends: "as_one" compares all end tokens as one action (see as_one_end).
+    token_weights (B, R): what each response token counts, the caller's business, e.g. mask / number of response tokens
+    in the global batch; padding is never looked at. chunk: tokens whose logits exist at the same time.
+    -> loss (), differentiable in the student's parameters, and Σ token_weights · entropy (), detached, in nats.
     """
     device = next(student.parameters()).device  # the teacher may be on another one: what crosses over is H wide
     with torch.no_grad():
         teacher_hidden = response_hidden(teacher, batch).to(device)  # (N, H_T)
         teacher_head = Head(teacher, vocab, device)
-    u = None if u is None else u[batch.mask.to(u.device)].to(device)
+    if estimator == "sampled":
+        u = uniforms(batch.keys, batch.mask.shape[1], "estimate")[batch.mask.cpu()].to(device)  # (N,)
 
-    def token_kl(logits, c):
+    def token_kl(student_logits, c):
         with torch.no_grad():
             teacher_logits = teacher_head(teacher_hidden[c])
         if ends == "as_one":
-            logits, teacher_logits = (as_one_end(x, vocab.end_ids) for x in (logits, teacher_logits))
-        return divergence(logits, teacher_logits, **({} if u is None else {"u": u[c]}))
+            student_logits, teacher_logits = (as_one_end(x, vocab.end_ids) for x in (student_logits, teacher_logits))
+        return divergence(student_logits, teacher_logits, **({"u": u[c]} if estimator == "sampled" else {}))
 
-    return weighted_loss(token_kl, student, batch, weights, vocab, chunk)
-
-
-@torch.no_grad()
-def token_log_probs(model, batch, vocab, chunk=None):
-    """log q(y_t|s_t) at T = 1 of a batch's own response tokens. -> (N,), N = batch.mask.sum(), in nats."""
-    tokens, hidden = batch.ids[:, batch.prompt_len :][batch.mask], response_hidden(model, batch)
-    head, n = Head(model, vocab), chunk or _chunk(hidden, vocab)
-    log_probs = [head(h).log_softmax(-1).gather(-1, y[:, None])[:, 0] for h, y in zip(hidden.split(n), tokens.split(n))]
-    return torch.cat(log_probs)
-
-
-def response_hidden(model, batch):
-    """The last hidden states that predict the batch's response tokens. -> (N, H), N = batch.mask.sum().
-
-    Every row is rolled to the left by its padding. Then it begins at column 0, and causal attention alone keeps it from
-    seeing anything that is not its own past: no mask, which attention kernels are slow with, or wrong (on rows that see
-    nothing at all). What stands behind a row's end is computed in vain, as padding is.
-    """
-    device, (B, T) = next(model.parameters()).device, batch.ids.shape
-    order = (torch.arange(T, device=batch.ids.device) + (~batch.prompt_mask).sum(1, keepdim=True)) % T
-    is_response = torch.cat([torch.zeros_like(batch.prompt_mask), batch.mask], 1)
-    ids, is_response = (x.gather(1, order).to(device) for x in (batch.ids, is_response))
-    with precision(model):
-        hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
-    return hidden[:, :-1][is_response[:, 1:]]  # token t is predicted at position t − 1
+    return weighted_loss(token_kl, entropy, student, batch, token_weights, vocab, chunk)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Sampling
+# 2. Sampling
 
 
 @dataclass
@@ -322,13 +194,6 @@ class Rollouts:
         """-> B lists of response token ids, padding removed."""
         return [row[m].tolist() for row, m in zip(self.ids[:, self.prompt_len :], self.mask)]
 
-    def inputs(self):
-        """The model's keyword arguments for a forward pass over prompt + response."""
-        mask = torch.cat([self.prompt_mask, self.mask], 1).long()
-        if mask.all():  # no padding, no mask: attention may take its fastest path
-            return {"input_ids": self.ids}
-        return {"input_ids": self.ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-
     def take(self, rows):
         """-> the Rollouts of these rows (a tensor of their numbers), with no more padding than they need."""
         mask, prompt_mask = self.mask[rows], self.prompt_mask[rows]
@@ -355,15 +220,52 @@ def make_rollouts(prompts, responses, ended, keys, vocab, device):
     return Rollouts(ids, mask[:, :P], mask[:, P:], ended, keys)
 
 
-def uniforms(keys, n, stream):
-    """(B, n) fp32 numbers in [0, 1); row i depends on (stream, *keys[i]) alone, and number j not on n.
+@torch.no_grad()
+def sample(
+    model, prompts, keys, vocab, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stream="rollout", entropies=False,
+    at_once=0, cache="auto",
+):  # fmt: skip
+    """One response to each prompt, up to and including an end token of either model, or max_new_tokens. -> Rollouts
 
-    keys: B tuples of non-negative ints, here (seed, step, row). Whoever owns a row can draw its numbers, so rollouts
-    depend neither on the number of processes nor on micro-batches, and resuming needs no generator's state.
+    prompts: B tuples of token ids; keys: B tuples of ints that fix each row's random numbers (see uniforms).
+    What is sampled is softmax(logits / temperature) with top_p and top_k as given here: a checkpoint's own
+    generation_config has no say. `entropies`: also record the predictive entropy (T = 1) at every token.
+    at_once: so many rows at a time, 0 for all; less memory, same rollouts. cache: growing, fixed, or auto.
     """
-    stream = zlib.crc32(stream.encode())
-    rows = [np.random.default_rng((stream, *key)).random(n, dtype=np.float32) for key in keys]
-    return torch.from_numpy(np.stack(rows))
+    device, B = next(model.parameters()).device, len(prompts)
+    start = make_rollouts(prompts, [()] * B, [False] * B, keys, vocab, device)
+    u = uniforms(keys, max_new_tokens, stream).to(device)  # (B, R)
+    end_ids = torch.tensor(vocab.end_ids, device=device, dtype=torch.long)
+    tokens = torch.full((B, max_new_tokens), vocab.pad_id, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    entropy_of = torch.zeros(B, max_new_tokens, device=device) if entropies else None
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    was_training = model.training
+    model.eval()
+    with unsharded(model), autocast(model):
+        head = Head(model, vocab)
+        for rows in torch.arange(B, device=device).split(at_once or B):  # those in the KV cache
+            decoder, y = decoder_for(model, cache)(model, start.take(rows)), None
+            for t in range(max_new_tokens):
+                logits = head(decoder.step(y))  # (rows, V)
+                y = draw(sampling_logits(logits, temperature, top_p, top_k).softmax(-1), u[rows, t])
+                tokens[rows, t] = torch.where(done[rows], vocab.pad_id, y)
+                mask[rows, t] = ~done[rows]
+                if entropies:
+                    entropy_of[rows, t] = entropy(logits)
+                done[rows] |= torch.isin(y, end_ids)
+                if t % 8 == 7:  # asking costs a wait for the device, and leaving ended rows in costs their compute
+                    running = ~done[rows]
+                    if not running.any():
+                        break
+                    if not running.all() and decoder.drop_all_but(running):
+                        rows, y = rows[running], y[running]
+    model.train(was_training)
+    R = int(mask.sum(1).max())
+    ids, mask = torch.cat([start.ids, tokens[:, :R]], 1), mask[:, :R]
+    rollouts = Rollouts(ids, start.prompt_mask, mask, done, keys, entropy=entropy_of[:, :R] if entropies else None)
+    rollouts.flops = sequence_flops(model, *rollouts.lengths()).sum().item()
+    return rollouts
 
 
 def draw(probs, u):
@@ -379,270 +281,54 @@ def draw(probs, u):
     return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)  # NaN would be past the end
 
 
-def sampling_logits(logits, temperature=1.0, top_p=1.0, top_k=0):
-    """The logits that are sampled from: temperature first, then the top_k most likely tokens (0: all), then the
-    smallest set of most likely tokens whose probability reaches top_p. (B, V) -> (B, V); what is excluded is −inf.
-    Temperature 0 keeps the most likely token only (greedy).
+def uniforms(keys, n, stream):
+    """(B, n) fp32 numbers in [0, 1); row i depends on (stream, *keys[i]) alone, and number j not on n.
+
+    keys: B tuples of non-negative ints, here (seed, step, row). Whoever owns a row can draw its numbers, so rollouts
+    depend neither on the number of processes nor on micro-batches, and resuming needs no generator's state.
     """
-    if temperature == 0:
-        top_k, temperature = 1, 1.0
-    logits, V = logits / temperature, logits.shape[-1]
-    if not 0 < top_k < V and top_p >= 1:
-        return logits
-    best, order = logits.topk(top_k) if 0 < top_k < V else logits.sort(descending=True, stable=True)  # (B, k)
-    if top_p < 1:
-        probs = best.softmax(-1)
-        best = best.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)  # what came before already reaches top_p
-    return torch.full_like(logits, -math.inf).scatter(-1, order, best)
+    stream = zlib.crc32(stream.encode())
+    rows = [np.random.default_rng((stream, *key)).random(n, dtype=np.float32) for key in keys]
+    return torch.from_numpy(np.stack(rows))
 
 
-class _GrowingCache:
-    """Decode with a KV cache that grows by a token a step, and from which ended rows are dropped."""
+class TeacherRollouts:
+    """A teacher's responses to a run's prompts, sampled the first time they are asked for and read afterwards.
 
-    def __init__(self, model, start):
-        self.body, self.inputs = body(model), start.inputs()
-        self.attention, self.position = self.inputs.get("attention_mask"), start.prompt_mask.sum(1, keepdim=True)
-        self.cache = transformers.DynamicCache(config=model.config)
-
-    def step(self, y=None):
-        """Read the tokens y (b,), or the prompts -> the hidden states that predict the next token (b, H)."""
-        if y is not None:
-            self.inputs = {"input_ids": y[:, None], "position_ids": self.position}
-            self.position = self.position + 1
-            if self.attention is not None:  # without padding, none is needed
-                self.attention = torch.cat([self.attention, self.attention.new_ones(len(y), 1)], 1)
-                self.inputs["attention_mask"] = self.attention
-        return self.body(**self.inputs, past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
-
-    def keep(self, rows):
-        """Go on with these rows only (a bool mask). -> whether that was done"""
-        self.cache.batch_select_indices(rows.nonzero()[:, 0])
-        self.position = self.position[rows]
-        self.attention = None if self.attention is None else self.attention[rows]
-        return True
-
-
-class _FixedLayer(transformers.cache_utils.StaticLayer):
-    """Keys and values of one layer, (b, heads, columns, head_dim), written in place."""
-
-    def update(self, keys, values, *args, **kwargs):
-        # Under autocast Qwen3's keys are fp32, by their norm's weight, and its values bf16. Attention casts both.
-        return super().update(keys.to(values.dtype), values, *args, **kwargs)
-
-    def move(self, rows, columns):
-        new = (0, 0, 0, columns - self.max_cache_len)
-        self.keys, self.values = F.pad(self.keys[rows], new), F.pad(self.values[rows], new)
-        self.max_cache_len = columns
-
-
-class _FixedCache:
-    """Decode with a KV cache whose shapes and addresses stay the same for many steps, so that on a GPU one step can be
-    recorded as a CUDA graph and replayed: launching 28 layers from Python takes several times as long as running them.
-
-    The cache grows by a block of columns when it is full, and moves to fewer rows when half of them have ended; after
-    either, the step is recorded anew. So a long response does not make all others wait at full width.
+    They do not depend on the student, so one is enough for all steps, and for all runs and scripts with the same
+    teacher, prompts, seed and sampling arguments: that is what makes teacher prefixes cheap. `samples` responses per prompt take
+    turns over the epochs. Random numbers are keyed by (seed, row, sample), so that it does not matter who samples what,
+    when; a long response serves every shorter length, and `longest` of several lengths is what is sampled.
     """
 
-    block = 256  # columns; recording costs as much as some twenty replays
+    def __init__(self, teacher, run, samples, longest=0, at_once=0, **sampling):
+        self.teacher, self.run, self.samples, self.longest = teacher, run, samples, longest
+        self.options = dict(stream="teacher", at_once=at_once, **sampling)
+        self.store = Store(teacher, run, sampling)
 
-    def __init__(self, model, start):
-        config, (B, P) = model.config.get_text_config(), start.prompt_mask.shape
-        self.body, self.dtype, self.device = body(model), next(model.parameters()).dtype, start.ids.device
-        kinds = _attention_kinds(config)
-        self.windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
-        self.cache = transformers.Cache([_FixedLayer(P + self.block) for _ in range(config.num_hidden_layers)])
-        self.ids = start.ids  # (b, q) the tokens to read: the prompts, then one a step
-        self.position = (start.prompt_mask.cumsum(1) - 1).clamp(min=0)  # (b, q)
-        self.column = torch.arange(P, device=self.device)  # (q,) where in the cache they go
-        self.filled = F.pad(start.prompt_mask, (0, self.block))  # (b, columns): which columns hold a token
-        self.used, self.graph, self.eager_steps, self.hidden = P, None, 0, None
+    def __call__(self, batch, max_new_tokens):
+        """-> the Rollouts of a batch, cut at max_new_tokens. Their flops charge a response the first time that this run
+        uses it, whether or not it was found on disk."""
+        wanted = [(row, epoch % self.samples) for row, epoch in zip(batch.rows, batch.epochs)]
+        missing = [key for key in dict.fromkeys(wanted) if not self.store.has(key, max_new_tokens)]
+        if sum_over_processes(len(missing)):  # all processes go together: a sharded teacher cannot sample alone
+            self._sample(missing, wanted[0], max(max_new_tokens, self.longest))
+        responses, ended = zip(*(self.store.get(key, max_new_tokens) for key in wanted))
+        device = next(self.teacher.parameters()).device
+        rollouts = make_rollouts(batch.prompts, responses, ended, batch.keys, self.run.vocab, device)
+        costs = sequence_flops(self.teacher, *rollouts.lengths()).tolist()
+        rollouts.flops = sum(cost for cost, epoch in zip(costs, batch.epochs) if epoch < self.samples)
+        return rollouts
 
-    def _read(self):
-        columns, now, masks = torch.arange(self.filled.shape[1], device=self.device), self.column[:, None], {}
-        for kind, window in self.windows.items():
-            seen = self.filled[:, None, None] & (columns <= now)  # (b, 1, q, columns)
-            seen = seen if window is None else seen & (columns > now - window)
-            unseen = ~(seen | (columns == now))  # a token sees itself, even where it is padding: NaN else
-            # In numbers to be added to the scores: of a bool, attention kernels differ in what they make.
-            masks[kind] = torch.finfo(torch.bfloat16).min * unseen.to(self.dtype)
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        inputs = dict(input_ids=self.ids, position_ids=self.position, attention_mask=mask)
-        return self.body(**inputs, past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
-
-    def step(self, y=None):
-        """As _GrowingCache.step."""
-        if y is None:
-            hidden = self._read()
-            self.ids, self.position = self.ids[:, -1:].clone(), self.position[:, -1:].clone()
-            self.column = self.column[-1:].clone()
-            return hidden
-        if self.used == self.filled.shape[1]:
-            self._move(slice(None), self.used + self.block)
-        self.used += 1
-        self.ids.copy_(y[:, None])
-        self.position.add_(1)
-        self.column.add_(1)
-        self.filled.index_fill_(1, self.column, True)
-        if self.device.type != "cuda":
-            return self._read()
-        with torch.cuda.device(self.device):
-            if self.eager_steps < 2:  # loads kernels and sets up libraries, which a recording must not
-                self.eager_steps += 1
-                return self._read()
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.device)):
-                    self.hidden = self._read()
-            self.graph.replay()
-        return self.hidden
-
-    def keep(self, rows):
-        """As _GrowingCache.keep: once half of the rows have ended."""
-        if 2 * rows.sum() > len(rows):
-            return False
-        self._move(rows, self.filled.shape[1])
-        return True
-
-    def _move(self, rows, columns):
-        self.graph, self.eager_steps, self.hidden = None, 0, None
-        for layer in self.cache.layers:
-            layer.move(rows, columns)
-        self.filled = F.pad(self.filled[rows], (0, columns - self.filled.shape[1]))
-        self.ids, self.position = self.ids[rows].clone(), self.position[rows].clone()
-
-
-def _attention_kinds(config):
-    """The kinds of attention among a model's layers."""
-    sliding = getattr(config, "sliding_window", None) is not None
-    return set(getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"])
-
-
-def _decoder(model, cache):
-    """The decoder that `cache` names. auto: _FixedCache on a GPU, where it pays, if the model can be used that way."""
-    if cache == "auto":
-        config = model.config.get_text_config()
-        # Not with layers that have no keys and values (linear attention) or other masks than ours (chunked attention);
-        # with attention kernels that take no 4-D mask; with steps that wait for the device, as some mixtures of experts
-        # do; and not where the weights are sharded: nobody has recorded a graph of FSDP's hooks.
-        usable = (
-            _attention_kinds(config) <= {"full_attention", "sliding_attention"}
-            and config._attn_implementation in ("sdpa", "eager")
-            and model._can_compile_fullgraph
-            and not hasattr(model, "body")
-        )
-        cache = "fixed" if usable and next(model.parameters()).device.type == "cuda" else "growing"
-    return {"growing": _GrowingCache, "fixed": _FixedCache}[cache]
-
-
-@torch.no_grad()
-def sample(
-    model, prompts, keys, vocab, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stream="rollout", entropies=False,
-    batch_size=0, cache="auto",
-):  # fmt: skip
-    """One response to each prompt, up to and including an end token of either model, or max_new_tokens.
-
-    prompts: B tuples of token ids; keys: B tuples of ints that fix each row's random numbers (see uniforms).
-    What is sampled is softmax(logits / temperature) with top_p and top_k as given here: a checkpoint's own
-    generation_config has no say. `entropies`: also record the predictive entropy (T = 1) at every token.
-    batch_size: rows sampled at once, 0 for all; less memory, same rollouts. cache: growing, fixed, or auto.
-    """
-    device, B = next(model.parameters()).device, len(prompts)
-    start = make_rollouts(prompts, [()] * B, [False] * B, keys, vocab, device)
-    u = uniforms(keys, max_new_tokens, stream).to(device)  # (B, R)
-    end_ids = torch.tensor(vocab.end_ids, device=device, dtype=torch.long)
-    tokens = torch.full((B, max_new_tokens), vocab.pad_id, device=device)
-    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
-    entropy_of = torch.zeros(B, max_new_tokens, device=device) if entropies else None
-    done = torch.zeros(B, dtype=torch.bool, device=device)
-    was_training = model.training
-    model.eval()
-    with whole_weights(model), precision(model):
-        head = Head(model, vocab)
-        for alive in torch.arange(B, device=device).split(batch_size or B):  # the rows in the KV cache
-            decoder, y = _decoder(model, cache)(model, start.take(alive)), None
-            for t in range(max_new_tokens):
-                logits = head(decoder.step(y))  # (alive, V)
-                y = draw(sampling_logits(logits, temperature, top_p, top_k).softmax(-1), u[alive, t])
-                tokens[alive, t] = torch.where(done[alive], vocab.pad_id, y)
-                mask[alive, t] = ~done[alive]
-                if entropies:
-                    entropy_of[alive, t] = entropy(logits)
-                done[alive] |= torch.isin(y, end_ids)
-                if t % 8 == 7:  # asking costs a wait for the device, and leaving ended rows in costs their compute
-                    keep = ~done[alive]
-                    if not keep.any():
-                        break
-                    if not keep.all() and decoder.keep(keep):
-                        alive, y = alive[keep], y[keep]
-    model.train(was_training)
-    R = int(mask.sum(1).max())
-    ids, mask = torch.cat([start.ids, tokens[:, :R]], 1), mask[:, :R]
-    rollouts = Rollouts(ids, start.prompt_mask, mask, done, keys, entropy=entropy_of[:, :R] if entropies else None)
-    rollouts.flops = sequence_flops(model, *rollouts.lengths()).sum().item()
-    return rollouts
-
-
-def stored_rollouts(
-    teacher, batch, vocab, out_dir, samples, max_new_tokens, longest=None, batch_size=0, **sampling
-):
-    """The teacher's responses to a batch of prompts, sampled the first time they are asked for and read afterwards.
-
-    A teacher's response does not depend on the student, so one is enough for all steps, runs and scripts with the
-    same teacher, prompts and sampling arguments (see RolloutStore): that is what makes teacher prefixes cheap.
-    `samples` responses per prompt take turns over the epochs. Random numbers are keyed by (seed, row of the dataset,
-    sample), so it does not matter who samples what, when; and a long response serves every shorter training length:
-    where a run has several lengths, `longest` of them is what is sampled. batch_size: as in sample.
-    flops charges a response the first time that this run uses it, whether or not it was found on disk.
-    -> Rollouts. The store lies beside out_dir, in teacher_rollouts/, so that runs and scripts share it.
-    """
-    directory = os.path.join(os.path.dirname(os.path.normpath(out_dir)), "teacher_rollouts")
-    seed = batch.keys[0][0]
-    store = _open_store(teacher, batch.dataset, vocab, directory, (seed, *sorted(sampling.items())))
-    wanted = [(row, epoch % samples) for row, epoch in zip(batch.rows, batch.epochs)]
-    missing = [key for key in dict.fromkeys(wanted) if not store.has(key, max_new_tokens)]
-    if total(len(missing)):  # all processes go together: a sharded teacher cannot sample alone
-        keys = missing or wanted[:1]
-        prompts = [batch.dataset[row] for row, _ in keys]
-        cap = longest or max_new_tokens
-        keys = [(seed, *key) for key in keys]
-        new = sample(teacher, prompts, keys, vocab, cap, stream="teacher", batch_size=batch_size, **sampling)
-        new = zip(missing, new.responses(), new.ended.tolist())
-        store.add(gather([(*key, ids, ended, cap) for key, ids, ended in new]))
-    responses, ended = zip(*(store.get(key, max_new_tokens) for key in wanted))
-    device = next(teacher.parameters()).device
-    rollouts = make_rollouts(batch.prompts, responses, ended, batch.keys, vocab, device)
-    costs = sequence_flops(teacher, *rollouts.lengths())
-    rollouts.flops = sum(cost for cost, epoch in zip(costs.tolist(), batch.epochs) if epoch < samples)
-    return rollouts
-
-
-@functools.lru_cache(1)
-def _open_store(teacher, prompts, vocab, directory, sampling):
-    return RolloutStore(directory, teacher, prompts, vocab, sampling)
-
-
-def sequence_flops(model, response_lens, prompt_lens):
-    """Model FLOPs of one forward pass over a prompt and its response, with the LM head at the response only.
-
-    (B,), (B,) -> (B,) float64. Two per weight of a matrix and token, plus attention: a token sees n others through
-    4·n·heads·head_dim FLOPs per layer (scores and values). The last token is predicted but never read. Sampling with a
-    KV cache does the same arithmetic as one such pass, and a backward pass twice as much. Padding is not counted.
-    """
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings().weight
-    embeddings = {id(head), id(model.get_input_embeddings().weight)}
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
-    used = {2: 1.0, 3: getattr(config, "num_experts_per_tok", experts) / experts}  # experts are stacked, a token uses few
-    body = sum(p.numel() * used[p.ndim] for p in model.parameters() if p.ndim in used and id(p) not in embeddings)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    n = (prompt_lens + response_lens - 1).double()
-    pairs = n * (n + 1) / 2  # causal: token i attends to i tokens
-    attention = 4 * pairs * config.num_hidden_layers * config.num_attention_heads * head_dim
-    return 2 * body * n + attention + 2 * head.numel() * response_lens.double()
+    def _sample(self, missing, company, cap):
+        asked = missing or [company]  # a process that misses nothing keeps the others company
+        prompts, keys = [self.run.prompts[row] for row, _ in asked], [(self.run.args.seed, *key) for key in asked]
+        new = sample(self.teacher, prompts, keys, self.run.vocab, cap, **self.options)
+        self.store.add([(*key, ids, end, cap) for key, ids, end in zip(missing, new.responses(), new.ended.tolist())])
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Evaluation
+# 3. Evaluation
 
 
 def pass_at_k(n, c, k):
@@ -653,3 +339,77 @@ def pass_at_k(n, c, k):
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(model, problems, vocab, tokenizer, args, top_p=1.0, top_k=0):
+    """Sample args.eval_n responses (0: args.eval_k) to every problem and grade them. -> (metrics, records)
+
+    metrics: see summarize. records: one dict per response, in the order of problems and samples. Random numbers are
+    keyed by (seed, problem, sample), so two evaluations differ only by the model.
+    """
+    pairs = [(i, j) for i in range(len(problems)) for j in range(args.eval_n or args.eval_k)]
+    pairs.sort(key=lambda pair: len(problems[pair[0]].prompt))  # prompts of a length share a batch: less padding
+    prompts, keys = [problems[i].prompt for i, _ in pairs], [(args.seed, i, j) for i, j in pairs]
+    sampling = (args.eval_max_new_tokens, args.eval_temperature, top_p, top_k, "evaluate")
+    records = []
+    for rows, rollouts in many_rollouts(model, prompts, keys, vocab, args.eval_batch_size, *sampling):
+        nats = (rollouts.entropy * rollouts.mask).sum(1).tolist()
+        for row, ids, ended, nat in zip(rows, rollouts.responses(), rollouts.ended.tolist(), nats):
+            (i, j), text = pairs[row], tokenizer.decode(ids, skip_special_tokens=True)
+            right, marked = grade(text, problems[i].answer, args.grade), find_answer(text) is not None
+            result = dict(response=text, correct=right, marked=marked, length=len(ids), ended=ended, nats=nat)
+            records.append(dict(problem=i, sample=j, **result))
+    records = sorted(gather(records), key=lambda r: (r["problem"], r["sample"]))
+    return summarize(records, range(len(problems)), args.eval_k), records
+
+
+def many_rollouts(model, prompts, keys, vocab, batch_size, *sampling):
+    """Rollouts of any number of prompts, with entropies, batch by batch, shared by all processes. Yields (rows,
+    Rollouts): which of the prompts they are; no rows, to be ignored, while other processes still have some."""
+    rank, world = rank_and_world()
+    mine = range(rank, len(prompts), world)
+    n_batches = math.ceil(math.ceil(len(prompts) / world) / batch_size)  # the same on every process
+    for b in tqdm(range(n_batches), desc="evaluate", leave=False, disable=not is_main()):
+        rows = mine[b * batch_size : (b + 1) * batch_size]
+        batch = [(prompts[i], keys[i]) for i in rows or [0]]
+        yield rows, sample(model, *zip(*batch), vocab, *sampling, entropies=True)
+
+
+def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):
+    """Mean predictive entropy (T = 1, nats per token) of the model's own rollouts of at most max_new_tokens on prompts.
+
+    -> (entropy, model FLOPs of measuring it). The same random numbers every time: two measurements differ by the model.
+    """
+    keys, sums = [(0, 0, i) for i in range(len(prompts))], np.zeros(3)
+    for rows, rollouts in many_rollouts(model, prompts, keys, vocab, batch_size, max_new_tokens, 1.0, 1.0, 0, "gate"):
+        nats = (rollouts.entropy * rollouts.mask).sum().item()
+        sums += [nats, rollouts.mask.sum().item(), rollouts.flops] if rows else 0
+    nats, tokens, flops = map(sum_over_processes, sums.tolist())
+    return nats / tokens, flops
+
+
+def summarize(records, problems, k):
+    """What evaluate's records say about some of the problems (their numbers).
+
+    -> avg_at_k (mean accuracy), pass_at_k (unbiased), avg_at_k_ci and pass_at_k_ci (half the width of the normal 95 %
+    interval over problems), eval_len (mean response length, tokens), eval_clip_ratio (fraction cut at the cap),
+    eval_marked (fraction with a marked answer), eval_entropy (mean predictive entropy at T = 1 per token of these
+    rollouts, nats), problems (how many).
+    """
+    by_problem = {i: [] for i in problems}
+    for record in records:
+        by_problem.get(record["problem"], []).append(record)
+    of_all = [r for of_one in by_problem.values() for r in of_one]
+    avg = [np.mean([r["correct"] for r in of_one]) for of_one in by_problem.values()]
+    passed = [pass_at_k(len(of_one), sum(r["correct"] for r in of_one), k) for of_one in by_problem.values()]
+
+    def half_width(values):
+        return float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.5
+
+    total = {key: sum(r[key] for r in of_all) for key in ("length", "ended", "marked", "nats")}
+    return {
+        "avg_at_k": float(np.mean(avg)), "pass_at_k": float(np.mean(passed)), "avg_at_k_ci": half_width(avg),
+        "pass_at_k_ci": half_width(passed), "eval_len": total["length"] / len(of_all),
+        "eval_clip_ratio": (len(of_all) - total["ended"]) / len(of_all), "eval_marked": total["marked"] / len(of_all),
+        "eval_entropy": total["nats"] / total["length"], "problems": len(by_problem),
+    }  # fmt: skip

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from runs import parse
-from tasks import refuse
+from plumbing.runs import parse
+from plumbing.tasks import refuse
 
 # Okabe and Ito's colours: told apart by the colour-blind too; every series has a marker of its own besides.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #000000".split()

@@ -26,8 +26,6 @@ Run it.
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
-import math
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,11 +33,10 @@ from typing import Literal
 
 import torch
 
-from common import forward_kl, mixed_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl
-from evaluate import evaluate_all, mean_entropy
-from runs import CtrlC, Prompts, finish, load_model, load_state, log, parse, rank_and_world, resume, save_state, start
-from runs import steps, total, whole
-from tasks import refuse
+from common import TeacherRollouts, evaluate, forward_kl, mean_entropy, mixed_kl, reverse_kl, sample, weighted_kl
+from plumbing.processes import average, full
+from plumbing.runs import open_run, parse
+from plumbing.tasks import refuse
 
 
 @dataclass
@@ -88,119 +85,91 @@ class Args:
     teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 
 
+def ladder_of(args):
+    """The training lengths L_0, L_1, ... that --lengths and --max_new_tokens allow, in tokens; refuses bad ones."""
+    lengths = [int(n) if n.isdecimal() else 0 for n in args.lengths.split(",")]
+    if lengths != sorted(set(lengths)) or not 0 < lengths[0] <= args.max_new_tokens:
+        refuse(f"--lengths is {args.lengths!r}: give rising numbers like 8,16,32, the first at most --max_new_tokens")
+    ladder = [length for length in lengths if length <= args.max_new_tokens]
+    if args.steps < len(ladder):
+        refuse(f"--steps is {args.steps}, but --lengths has {len(ladder)} stages: each needs a step")
+    return ladder
+
+
 def main(args: Args):
-    train, evals, vocab = start(args)  # what is wrong with the arguments or the data is said here, before models load
-
-    # (1) Models
-    student = load_model(args.student, args, trainable=True)
-    teacher = load_model(args.teacher, args, trainable=False)
-    sampling = dict(
-        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, batch_size=args.rollout_batch_size
-    )
-    kl = {"forward": forward_kl, "reverse": reverse_kl, "mixed": partial(mixed_kl, lam=args.lam)}[args.kl]
-    ladder = [int(length) for length in args.lengths.split(",") if int(length) <= args.max_new_tokens]
+    # (1) Data, models, optimizer. What is wrong with arguments or data is said before models load; a run that was
+    # stopped continues where it was.
+    ladder = ladder_of(args)
     stage_ends = [args.steps * (m + 1) // len(ladder) for m in range(len(ladder))]  # after which steps H_m is measured
-    train, held_out = Prompts(train[: -args.held_out]), Prompts(train[-args.held_out :])
-
-    # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
+    run = open_run(args, evaluate)
+    held_out = run.hold_out(args.held_out)
+    student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    progress = resume(args, student, optimizer)
-    state = progress.more = progress.more or {"stage": 0, "history": [], "closed": False}  # survives a kill
-    world, ctrl_c = rank_and_world()[1], CtrlC()
-    if progress.step == 0:
-        log(args, {"step": 0, **evaluate_all(student, evals, vocab, args, step=0)})
+    run.memory = {"stage": 0, "history": [], "closed": False}  # survives a kill
+    run.resume(student, optimizer)
+    sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
+    if args.prefixes == "teacher":
+        answers = TeacherRollouts(teacher, run, args.teacher_samples, longest=ladder[-1], **sampling)
+    kl = {"forward": forward_kl, "reverse": reverse_kl, "mixed": partial(mixed_kl, lam=args.lam)}[args.kl]
 
-    for step in steps(progress.step + 1, args.steps):
+    for step in run.steps():
+        state = run.memory
         if state["closed"] and args.on_closed == "stop":
             break
-        started = time.perf_counter()
         length = ladder[state["stage"]]  # L_m
-        batch = train.batch(step, args.batch_size, args.seed)
+        batch = run.batch(step)
 
-        # (3) Prefixes. WHERE is supervision applied? On the first L_m tokens of what student or teacher says.
+        # (2) Prefixes. WHERE is supervision applied? On the first L_m tokens of what student or teacher says.
         if args.prefixes == "student":
-            rollouts = sample(student, batch.prompts, batch.keys, vocab, length, **sampling)
+            rollouts = sample(student, batch.prompts, batch.keys, run.vocab, length, **sampling)
         else:
-            rollouts = stored_rollouts(
-                teacher, batch, vocab, args.out_dir, args.teacher_samples, length, longest=ladder[-1], **sampling
-            )
+            rollouts = answers(batch, length)
 
-        # (4) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
+        # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_rollouts, n_tokens = args.batch_size, total(rollouts.mask.sum().item())
+        n_tokens = average(rollouts.mask.sum())  # per process, as gradients are averaged over processes too
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
-            weights = micro.mask / n_tokens  # (b, R)
-            u = uniforms(micro.keys, micro.mask.shape[1], "estimate") if args.estimator == "sampled" else None
+            token_weights = micro.mask / n_tokens  # (b, R)
             # HOW are the two distributions compared? By the KL that was asked for.
-            micro_loss, micro_entropy = weighted_kl(kl, student, teacher, micro, weights, vocab, u, args.ends)
-            (micro_loss * world).backward()  # FSDP averages gradients over processes, and we want their sum
+            micro_loss, micro_entropy = weighted_kl(
+                kl, student, teacher, micro, token_weights, run.vocab, args.estimator, args.ends
+            )
+            micro_loss.backward()
             loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
-        loss, entropy = total(loss), total(entropy)
 
-        # (5) Update
+        # (4) Update
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
-        if not math.isfinite(loss + grad_norm):
-            bad = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-            refuse(f"{bad}: lower --lr or look at the teacher; {args.out_dir} keeps the last good state")
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
 
-        # (6) The gate, at the end of a stage: go from L_m to L_{m+1} only if the student has kept H_m >= H_min.
-        gate = {}
-        at_gate = not state["closed"] and step in stage_ends
+        # (5) The gate, at the end of a stage: go from L_m to L_{m+1} only if the student has kept H_m >= H_min.
+        gate, at_gate = {}, not state["closed"] and step in stage_ends
         if at_gate:
-            h, gate_flops = mean_entropy(student, held_out, vocab, length, args.eval_batch_size)  # H_m
-            progress.flops += gate_flops
-            is_open = h >= args.h_min
-            gate = {"gate_entropy": h, "gate_open": is_open}
-            state["history"].append({"step": step, "length": length, "gate_entropy": h, "open": is_open})
-            if is_open:  # stable: this is now the checkpoint to fall back on
-                save_state(args, progress, student, optimizer, name="stable")
+            h, gate_flops = mean_entropy(student, held_out, run.vocab, length, args.eval_batch_size)  # H_m
+            run.flops += gate_flops
+            gate = {"gate_entropy": h, "gate_open": h >= args.h_min}
+            state["history"].append({"step": step, "length": length, "gate_entropy": h, "open": h >= args.h_min})
+            if h >= args.h_min:  # stable: this is now the checkpoint to fall back on
+                run.save_state("stable")
                 state["stage"] = min(state["stage"] + 1, len(ladder) - 1)
             else:
                 state["closed"] = True
                 if state["stage"] == 0:
                     print(f"stage 0 itself is unstable (H = {h:.3f} < {args.h_min}): the result is its checkpoint")
                 else:  # back to the last stable weights and length
-                    load_state(args, student, optimizer, name="stable")
+                    run.load_state("stable", weights_only=True)
                     state["stage"] -= 1
 
-        # (7) Log, evaluate, save
-        seconds = time.perf_counter() - started
-        forward = [sequence_flops(model, *rollouts.lengths()).sum().item() for model in (teacher, student)]
-        progress.flops += total(rollouts.flops + forward[0] + 3 * forward[1])  # a backward pass is two forward ones
-        progress.step, progress.seconds = step, progress.seconds + seconds
-        ended = total(rollouts.ended.sum().item()) / n_rollouts
-        row = dict(
-            step=step,
-            train_len=length,
-            **gate,
-            loss=loss,
-            entropy=entropy,
-            response_len=n_tokens / n_rollouts,
-            ended=ended,
-            clip_ratio=1 - ended,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens_per_s=n_tokens / seconds,
-            seconds=progress.seconds,
-            flops=progress.flops,
-        )
-        last = step == args.steps or (state["closed"] and args.on_closed == "stop")
-        if last or (args.eval_every and step % args.eval_every == 0):
-            row |= evaluate_all(student, evals, vocab, args, step)
-        log(args, row)
-        stop = bool(ctrl_c)
-        if step % args.save_every == 0 or stop or last or at_gate:
-            save_state(args, progress, student, optimizer)
-        if stop:
-            raise SystemExit(f"stopped after step {step}; the same command continues from there")
+        # (6) Log, evaluate, save
+        means = dict(loss=average(loss), entropy=average(entropy), grad_norm=grad_norm, lr=lr)
+        last = state["closed"] and args.on_closed == "stop"
+        run.end_step(step, rollouts, last=last, save=at_gate, train_len=length, **gate, **means)
 
-    finish(args, student, vocab)
+    run.finish()
 
 
 if __name__ == "__main__":

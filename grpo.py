@@ -24,18 +24,17 @@ Run it.
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
-import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from common import sample, sequence_flops, token_log_probs, weighted_loss
-from evaluate import evaluate_all
-from runs import CtrlC, finish, load_model, log, parse, rank_and_world, resume, save_state, start, steps, total, whole
-from tasks import grade, refuse
+from common import entropy, evaluate, sample
+from plumbing.fast import token_log_probs, weighted_loss
+from plumbing.processes import average, full, sum_over_processes
+from plumbing.runs import open_run, parse
+from plumbing.tasks import grade
 
 
 def clipped_surrogate(log_probs, old_log_probs, advantages, clip):
@@ -88,43 +87,34 @@ class Args:
 
 
 def main(args: Args):
-    train, evals, vocab = start(args)  # what is wrong with the arguments or the data is said here, before models load
-
-    # (1) Model
-    student = load_model(args.student, args, trainable=True)
-    sampling = dict(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-        batch_size=args.rollout_batch_size,
-    )  # fmt: skip
-
-    # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
+    # (1) Data, model, optimizer. What is wrong with arguments or data is said before models load; a run that was
+    # stopped continues where it was.
+    run = open_run(args, evaluate, needs_answers=True)
+    student = run.load(args.student, trainable=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    progress = resume(args, student, optimizer)
-    world, ctrl_c = rank_and_world()[1], CtrlC()
-    if progress.step == 0:
-        log(args, {"step": 0, **evaluate_all(student, evals, vocab, args, step=0)})
+    run.resume(student, optimizer)
+    sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
+    off_policy = args.updates_per_step > 1  # with one update q_old is q_θ, and needs no pass of its own
 
-    for step in steps(progress.step + 1, args.steps):
-        started = time.perf_counter()
-        batch = train.batch(step, args.batch_size, args.seed)
+    for step in run.steps():
+        batch = run.batch(step)
 
-        # (3) Rollouts: a group of responses to each prompt, and how much better each is than its group
-        groups = [(row, prompt, (*key, g)) for row, prompt, key in zip(batch.rows, batch.prompts, batch.keys)
-                  for g in range(args.group_size)]  # fmt: skip
-        rows, prompts, keys = zip(*groups)
-        rollouts = sample(student, prompts, keys, vocab, **sampling)
-        texts = vocab.tokenizer.batch_decode(rollouts.responses(), skip_special_tokens=True)
-        rewards = torch.tensor([float(grade(text, train.answers[row], args.grade)) for text, row in zip(texts, rows)])
+        # (2) Rollouts: a group of responses to each prompt, and how much better each is than its group
+        members = [(i, g) for i in range(len(batch.prompts)) for g in range(args.group_size)]
+        prompts, keys = [batch.prompts[i] for i, _ in members], [(*batch.keys[i], g) for i, g in members]
+        rollouts = sample(student, prompts, keys, run.vocab, args.max_new_tokens, **sampling)
+        texts = run.tokenizer.batch_decode(rollouts.responses(), skip_special_tokens=True)
+        answers = [run.answers[batch.rows[i]] for i, _ in members]
+        rewards = torch.tensor([float(grade(text, answer, args.grade)) for text, answer in zip(texts, answers)])
         advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()
         advantage_of = dict(zip(keys, advantages.tolist()))
-        n_rollouts, n_tokens = args.batch_size * args.group_size, total(rollouts.mask.sum().item())
+        n_tokens = average(rollouts.mask.sum())  # per process, as gradients are averaged over processes too
         micros = list(rollouts.split(args.micro_batch_size))
-        many = args.updates_per_step > 1  # with one update q_old is q_θ, and needs no pass of its own
-        old = [token_log_probs(student, micro, vocab) if many else None for micro in micros]
+        old = [token_log_probs(student, micro, run.vocab) if off_policy else None for micro in micros]
 
         for update in range(args.updates_per_step):
-            # (4) Loss: the clipped surrogate, a mean over the response tokens of the *global* batch
-            loss = entropy = clipped = 0.0
+            # (3) Loss: the clipped surrogate, a mean over the response tokens of the *global* batch
+            loss = mean_entropy = clipped = 0.0
             for micro, old_log_probs in zip(micros, old):
                 advantage = torch.tensor([advantage_of[key] for key in micro.keys], device=micro.mask.device)
                 advantage = advantage[:, None].expand(micro.mask.shape)[micro.mask]  # (N,)
@@ -133,59 +123,34 @@ def main(args: Args):
                 def surrogate(logits, c):
                     nonlocal clipped
                     log_probs = logits.float().log_softmax(-1).gather(-1, tokens[c, None])[:, 0]
-                    before = old_log_probs[c] if many else log_probs.detach()
+                    before = old_log_probs[c] if off_policy else log_probs.detach()
                     losses = clipped_surrogate(log_probs, before, advantage[c], args.clip)
                     unclipped = -(log_probs - before).exp() * advantage[c]
                     clipped += (losses > unclipped).sum().item()
                     return losses
 
-                micro_loss, micro_entropy = weighted_loss(surrogate, student, micro, micro.mask / n_tokens, vocab)
-                (micro_loss * world).backward()  # FSDP averages gradients over processes, and we want their sum
-                loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
-            loss, entropy, clipped = total(loss), total(entropy), total(clipped) / n_tokens
+                token_weights = micro.mask / n_tokens  # (b, R)
+                micro_loss, micro_entropy = weighted_loss(
+                    surrogate, entropy, student, micro, token_weights, run.vocab
+                )
+                micro_loss.backward()
+                loss, mean_entropy = loss + micro_loss.item(), mean_entropy + micro_entropy.item()
 
-            # (5) Update
+            # (4) Update
             lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
-            if not math.isfinite(loss + grad_norm):
-                bad = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-                refuse(f"{bad}: lower --lr; {args.out_dir} keeps the last good state")
+            grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
 
-        # (6) Log, evaluate, save
-        seconds = time.perf_counter() - started
-        forward = sequence_flops(student, *rollouts.lengths()).sum().item()  # a backward pass is two of them
-        progress.flops += total(rollouts.flops + (many + 3 * args.updates_per_step) * forward)
-        progress.step, progress.seconds = step, progress.seconds + seconds
-        ended = total(rollouts.ended.sum().item()) / n_rollouts
-        row = dict(
-            step=step,
-            loss=loss,
-            reward=total(rewards.sum().item()) / n_rollouts,
-            clipped_fraction=clipped,
-            entropy=entropy,
-            response_len=n_tokens / n_rollouts,
-            ended=ended,
-            clip_ratio=1 - ended,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens_per_s=n_tokens / seconds,
-            seconds=progress.seconds,
-            flops=progress.flops,
-        )
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            row |= evaluate_all(student, evals, vocab, args, step)
-        log(args, row)
-        stop = bool(ctrl_c)
-        if step % args.save_every == 0 or stop or step == args.steps:
-            save_state(args, progress, student, optimizer)
-        if stop:
-            raise SystemExit(f"stopped after step {step}; the same command continues from there")
+        # (5) Log, evaluate, save. A backward pass costs what two forward passes do.
+        passes, reward = off_policy + 3 * args.updates_per_step, average(rewards.mean().item())
+        fraction = sum_over_processes(clipped) / sum_over_processes(rollouts.mask.sum().item())
+        means = dict(loss=average(loss), entropy=average(mean_entropy), reward=reward, clipped_fraction=fraction)
+        run.end_step(step, rollouts, passes, grad_norm=grad_norm, lr=lr, **means)
 
-    finish(args, student, vocab)
+    run.finish()
 
 
 if __name__ == "__main__":

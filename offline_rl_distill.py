@@ -18,10 +18,8 @@ the later the less it says it: this gradient vanishes with q. (`--ends as_one` c
 
 What it leaves out, on purpose.
 - The student's own mistakes: it never sees a prefix that it would write and the teacher would not (exposure bias).
-- Importance weights: actions are the student's own, or all of them (exact), so none are needed; only the states are
-  off-policy, and that is the point. Nor is there a pessimism term, which offline RL often adds.
-- Fresh data: each prompt has --teacher_samples answers, stored next to --out_dir and used in every epoch. A run
-  that finds them there does not run the teacher's sampler at all.
+- Importance weights (only the states are off-policy, actions are the student's own or all of them), and pessimism.
+- Fresh data: each prompt has --teacher_samples answers, stored next to --out_dir, for every epoch and for other runs.
 
 Run it.
     python offline_rl_distill.py                                CPU, the embedded toy: about a minute
@@ -30,18 +28,15 @@ Run it.
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
-import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from common import forward_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl
-from evaluate import evaluate_all
-from runs import CtrlC, finish, load_model, log, parse, rank_and_world, resume, save_state, start, steps, total, whole
-from tasks import refuse
+from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # what all four corners use
+from plumbing.processes import average, full
+from plumbing.runs import open_run, parse
 
 
 @dataclass
@@ -84,83 +79,46 @@ class Args:
 
 
 def main(args: Args):
-    train, evals, vocab = start(args)  # what is wrong with the arguments or the data is said here, before models load
-
-    # (1) Models
-    student = load_model(args.student, args, trainable=True)
-    teacher = load_model(args.teacher, args, trainable=False)
-    sampling = dict(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-        batch_size=args.rollout_batch_size,
-    )  # fmt: skip
-
-    # (2) Optimizer, and where to start: at step 0, or where an earlier run was stopped
+    # (1) Data, models, optimizer. What is wrong with arguments or data is said before models load; a run that was
+    # stopped continues where it was.
+    run = open_run(args, evaluate)
+    student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    progress = resume(args, student, optimizer)
-    world, ctrl_c = rank_and_world()[1], CtrlC()
-    if progress.step == 0:
-        log(args, {"step": 0, **evaluate_all(student, evals, vocab, args, step=0)})
+    run.resume(student, optimizer)
+    sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
+    answers = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)
 
-    for step in steps(progress.step + 1, args.steps):
-        started = time.perf_counter()
-        batch = train.batch(step, args.batch_size, args.seed)
+    for step in run.steps():
+        batch = run.batch(step)
 
-        # (3) Prefixes. WHERE is supervision applied? On what the teacher says, sampled once and reused.
-        rollouts = stored_rollouts(teacher, batch, vocab, args.out_dir, args.teacher_samples, **sampling)
+        # (2) Prefixes. WHERE is supervision applied? On what the teacher says, sampled once and reused.
+        rollouts = answers(batch, args.max_new_tokens)
 
-        # (4) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
+        # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_rollouts, n_tokens = args.batch_size, total(rollouts.mask.sum().item())
+        n_tokens = average(rollouts.mask.sum())  # per process, as gradients are averaged over processes too
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
-            weights = micro.mask / n_tokens  # (b, R)
-            u = uniforms(micro.keys, micro.mask.shape[1], "estimate") if args.estimator == "sampled" else None
+            token_weights = micro.mask / n_tokens  # (b, R)
             # HOW are the two distributions compared? By reverse KL.
-            micro_loss, micro_entropy = weighted_kl(reverse_kl, student, teacher, micro, weights, vocab, u, args.ends)
-            (micro_loss * world).backward()  # FSDP averages gradients over processes, and we want their sum
+            micro_loss, micro_entropy = weighted_kl(
+                reverse_kl, student, teacher, micro, token_weights, run.vocab, args.estimator, args.ends
+            )
+            micro_loss.backward()
             loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
-        loss, entropy = total(loss), total(entropy)
 
-        # (5) Update
+        # (4) Update
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
-        if not math.isfinite(loss + grad_norm):
-            bad = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-            refuse(f"{bad}: lower --lr or look at the teacher; {args.out_dir} keeps the last good state")
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
 
-        # (6) Log, evaluate, save
-        seconds = time.perf_counter() - started
-        forward = [sequence_flops(model, *rollouts.lengths()).sum().item() for model in (teacher, student)]
-        progress.flops += total(rollouts.flops + forward[0] + 3 * forward[1])  # a backward pass is two forward ones
-        progress.step, progress.seconds = step, progress.seconds + seconds
-        ended = total(rollouts.ended.sum().item()) / n_rollouts
-        row = dict(
-            step=step,
-            loss=loss,
-            entropy=entropy,
-            response_len=n_tokens / n_rollouts,
-            ended=ended,
-            clip_ratio=1 - ended,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens_per_s=n_tokens / seconds,
-            seconds=progress.seconds,
-            flops=progress.flops,
-        )
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            row |= evaluate_all(student, evals, vocab, args, step)
-        log(args, row)
-        stop = bool(ctrl_c)
-        if step % args.save_every == 0 or stop or step == args.steps:
-            save_state(args, progress, student, optimizer)
-        if stop:
-            raise SystemExit(f"stopped after step {step}; the same command continues from there")
+        # (5) Log, evaluate, save
+        run.end_step(step, rollouts, loss=average(loss), entropy=average(entropy), grad_norm=grad_norm, lr=lr)
 
-    finish(args, student, vocab)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,9 +45,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from common import Rollouts, make_rollouts, reverse_kl, sample, sequence_flops, weighted_kl
-from runs import Batch, Vocab, parse, precision, total, whole
-from tasks import refuse
+from common import Rollouts, make_rollouts, reverse_kl, sample, weighted_kl
+from plumbing.fast import sequence_flops
+from plumbing.models import Vocab, autocast
+from plumbing.processes import average, full
+from plumbing.runs import Batch, parse
+from plumbing.tasks import refuse
 
 PRESETS = {  # models by name (see model_config), sizes in tokens and sequences
     "toy": dict(vocab=256, student="128x2", teacher="256x4", batch_size=16, prompt_len=32, steps=5),
@@ -92,7 +96,7 @@ class Case:
     contestants: str = "ours,plain,trl" if util.find_spec("trl") else "ours,plain"  # separated by commas
     repeats: int = 3  # fresh processes per contestant; 0, with preset h200: only the seconds that one cannot go below
     out: str = ""  # append every measurement as a JSON line to this file
-    lr, weight_decay, max_grad_norm, ends = 1e-5, 0.0, 1.0, "apart"
+    lr, weight_decay, max_grad_norm, estimator, ends = 1e-5, 0.0, 1.0, "exact", "apart"
 
 
 def resolved(case):
@@ -134,7 +138,7 @@ def build(case):
             model = auto.from_config(config, dtype=dtype) if random else auto.from_pretrained(name, dtype=dtype)
         model.config.get_text_config().eos_token_id = None
         model.generation_config = transformers.GenerationConfig(pad_token_id=0)  # no end token, no filters
-        model.autocasts = trainable and case.precision == "bf16"  # see runs.precision
+        model.autocasts = trainable and case.precision == "bf16"  # see models.autocast
         models.append(model.to(case.device).requires_grad_(trainable).eval())
     models[0].get_input_embeddings().requires_grad_(not case.kl_only)
     return models
@@ -190,47 +194,51 @@ def resident(key):
 
 
 def train(case, clock, student, teacher, sample, weighted_kl):
-    vocab = Vocab(None, case.vocab, end_ids=(), pad_id=0)  # no end token: every response is as long as it may be
-    args, world, u, sampling = case, 1, None, dict(max_new_tokens=case.max_new_tokens)
+    vocab = Vocab(case.vocab, end_ids=(), pad_id=0)  # no end token: every response is as long as it may be
+    args, run, sampling = case, SimpleNamespace(vocab=vocab), {}
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     for step in range(clock.n_steps):
-        batch = Batch(None, random_prompts(case, step), [], [], [(0, step, row) for row in range(case.batch_size)])
+        batch = Batch(random_prompts(case, step), [], [], [(0, step, row) for row in range(case.batch_size)])
         # From here to the end of the step, these are the lines of opd.py.
         clock.enter("rollout")
-        rollouts = sample(student, batch.prompts, batch.keys, vocab, **sampling)
+        rollouts = sample(student, batch.prompts, batch.keys, run.vocab, args.max_new_tokens, **sampling)
         clock.enter("student")
-        n_rollouts, n_tokens = args.batch_size, total(rollouts.mask.sum().item())
+        n_tokens = average(rollouts.mask.sum())
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
-            weights = micro.mask / n_tokens
-            micro_loss, micro_entropy = weighted_kl(reverse_kl, student, teacher, micro, weights, vocab, u, args.ends)
-            (micro_loss * world).backward()
+            token_weights = micro.mask / n_tokens
+            micro_loss, micro_entropy = weighted_kl(
+                reverse_kl, student, teacher, micro, token_weights, run.vocab, args.estimator, args.ends
+            )
+            micro_loss.backward()
             loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
         clock.enter("update")
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)).item()
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
         clock.end_step()
-        assert n_tokens == n_rollouts * case.max_new_tokens and 0 < grad_norm < float("inf"), "not the same work"
+        assert n_tokens == args.batch_size * case.max_new_tokens and 0 < grad_norm < float("inf"), "not the same work"
     return dict(loss=loss)
 
 
 def plain_sample(model, prompts, keys, vocab, max_new_tokens):
     rollouts = make_rollouts(prompts, [()] * len(prompts), [False] * len(prompts), keys, vocab, model.device)
     options = dict(attention_mask=rollouts.prompt_mask.long(), max_new_tokens=max_new_tokens, do_sample=True, top_k=0)
-    with precision(model):
+    with autocast(model):
         rollouts.ids = model.generate(rollouts.ids, **options)  # (B, P+R)
     rollouts.mask = torch.ones_like(rollouts.ids[:, rollouts.prompt_len :], dtype=torch.bool)
     return rollouts
 
 
-def plain_kl(divergence, student, teacher, batch, weights, vocab, u, ends):
-    inputs, R = batch.inputs() | dict(use_cache=False), slice(batch.prompt_len - 1, -1)
+def plain_kl(divergence, student, teacher, batch, token_weights, vocab, estimator, ends):
+    mask, R = torch.cat([batch.prompt_mask, batch.mask], 1).long(), slice(batch.prompt_len - 1, -1)
+    inputs = dict(input_ids=batch.ids, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
+    inputs |= {} if mask.all() else dict(attention_mask=mask)
     with torch.no_grad():
         log_p = teacher(**inputs).logits[:, R, : vocab.size].float().log_softmax(-1)  # (b, R, V)
-    with precision(student):
+    with autocast(student):
         log_q = student(**inputs).logits[:, R, : vocab.size].float().log_softmax(-1)
-    return ((log_q.exp() * (log_q - log_p)).sum(-1) * weights).sum(), torch.zeros(())
+    return ((log_q.exp() * (log_q - log_p)).sum(-1) * token_weights).sum(), torch.zeros(())
 
 
 def train_trl(case, clock, student, teacher):
@@ -264,7 +272,7 @@ def train_trl(case, clock, student, teacher):
     their_loss = trainer.training_step(trainer.model_wrapped, inputs, n).item()
     parameters = [p for p in student.parameters() if p.requires_grad]
     theirs = torch.cat([p.grad.flatten() for p in parameters])
-    loss, _ = weighted_kl(reverse_kl, student.eval(), teacher, batch, batch.mask / n, Vocab(None, case.vocab, (), 0))
+    loss, _ = weighted_kl(reverse_kl, student.eval(), teacher, batch, batch.mask / n, Vocab(case.vocab, (), 0))
     ours = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
     loss_error, gradient_error = abs(1 - their_loss / loss.item()), ((ours - theirs).norm() / ours.norm()).item()
     errors = dict(our_loss=loss.item(), loss=their_loss, loss_error=loss_error, gradient_error=gradient_error)

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
 
+from plumbing.runs import parse  # noqa: E402
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -91,6 +93,27 @@ def arguments_of(script, world, **more):
     fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
     quick = dict(lengths="2,4,6", h_min=0, held_out=2, group_size=2)
     return {name: value for name, value in (quick | world | more).items() if name in fields}
+
+
+def run(script, **arguments):
+    """Run a script in process, as its command line would."""
+    module = importlib.import_module(script)
+    return module.main(parse(module.Args, argv(arguments)))
+
+
+def argv(arguments):
+    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+def even_length(text, answer, grading="marked"):
+    """A reward that random models get now and then, so that GRPO has something to reinforce."""
+    return len(text) % 2 == 0
+
+
+def masked_inputs(rollouts):
+    """The model's arguments for prompts and responses as they lie there, padding on both sides, with masks."""
+    mask = torch.cat([rollouts.prompt_mask, rollouts.mask], 1).long()
+    return {"input_ids": rollouts.ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def write_jsonl(path, rows):

@@ -5,8 +5,9 @@ import torch
 import transformers
 from conftest import make_checkpoint
 
-from common import Head, as_one_end, forward_kl, make_rollouts, mixed_kl, reverse_kl, sample, uniforms, weighted_kl
-from runs import Vocab
+from common import as_one_end, forward_kl, make_rollouts, mixed_kl, reverse_kl, sample, uniforms, weighted_kl
+from plumbing.fast import Head
+from plumbing.models import Vocab
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13)]
 RESPONSES = [(20, 21, 22), tuple(range(30, 43))]  # 3 and 13 tokens
@@ -22,7 +23,7 @@ def pair(tmp_path_factory):
 
 
 def vocab(size=V):
-    return Vocab(None, size, (302,), pad_id=302)
+    return Vocab(size, (302,), pad_id=302)
 
 
 def rollouts(prompts=PROMPTS, responses=RESPONSES):
@@ -110,8 +111,7 @@ def test_micro_batches_give_the_same_gradient(pair):
     for size in (1, 2, 3, 4):
         grad = 0.0
         for micro in batch.split(size):
-            u = uniforms(micro.keys, micro.mask.shape[1], "estimate")
-            loss, _ = weighted_kl(reverse_kl, *pair, micro, micro.mask / batch.mask.sum(), vocab(), u)
+            loss, _ = weighted_kl(reverse_kl, *pair, micro, micro.mask / batch.mask.sum(), vocab(), "sampled")
             grad = grad + gradient(student, loss)
         grads.append(grad)
     for grad in grads[1:]:
@@ -123,10 +123,10 @@ def test_micro_batches_give_the_same_gradient(pair):
 def test_ends_as_one_goes_through_the_same_call(pair, name, estimator):
     """Any divergence, either estimator: what is compared are the merged distributions."""
     batch = rollouts()
-    two_ends = Vocab(None, V, (7, 302), pad_id=302)
-    u = uniforms(batch.keys, 13, "test") if estimator == "sampled" else None
-    loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 16, two_ends, u, ends="as_one", chunk=5)
-    rows = iter([] if u is None else [u[0, :3], u[1]])
+    two_ends = Vocab(V, (7, 302), pad_id=302)
+    loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 16, two_ends, estimator, "as_one", chunk=5)
+    u = uniforms(batch.keys, 13, "estimate")
+    rows = iter([u[0, :3], u[1]] if estimator == "sampled" else [])
 
     def divergence(s, t):
         return DIVERGENCES[name](as_one_end(s, (7, 302)), as_one_end(t, (7, 302)), u=next(rows, None))
@@ -183,8 +183,8 @@ def test_the_sampled_estimator_through_the_model_is_unbiased(pair, name):
     exact = torch.cat([loss.detach()[None], gradient(student, loss)])
     draws = []
     for i in range(150):
-        u = uniforms([(i,)], 2, "test")
-        loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 2, vocab(), u)
+        batch.keys = [(i,)]
+        loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 2, vocab(), "sampled")
         draws.append(torch.cat([loss.detach()[None], gradient(student, loss)]))
     draws = torch.stack(draws)
     direction = torch.randn(draws.shape[1], 8, generator=torch.Generator().manual_seed(0))

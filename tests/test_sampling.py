@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint
+from conftest import make_checkpoint, masked_inputs
 
-import common
-from common import draw, make_rollouts, response_hidden, sample, sampling_logits, sequence_flops, uniforms
-from runs import Vocab
+from common import draw, make_rollouts, sample, uniforms
+from plumbing import fast
+from plumbing.fast import response_hidden, sampling_logits, sequence_flops
+from plumbing.models import Vocab
 
 
 @pytest.fixture(scope="module", params=["Qwen3", "Llama"])
@@ -24,7 +25,7 @@ def model(request, tmp_path_factory):
 
 
 def vocab_of(model, end_ids=()):
-    return Vocab(None, model.config.vocab_size, tuple(end_ids), pad_id=0)
+    return Vocab(model.config.vocab_size, tuple(end_ids), pad_id=0)
 
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13), (14,), (20, 21)]
@@ -123,11 +124,11 @@ def test_a_cache_of_fixed_size_gives_the_same_rollouts(any_model, monkeypatch):
     """What a GPU records as a graph, step by step on a CPU, growing by blocks and dropping rows: the same tokens, ends
     and entropies as a cache that grows token by token."""
     prompts, keys, vocab = many(any_model)
-    monkeypatch.setattr(common._FixedCache, "block", 8)
+    monkeypatch.setattr(fast.FixedCache, "block", 8)
     expected = sample(any_model, prompts, keys, vocab, 64, entropies=True, cache="growing")
     assert len(set(map(len, expected.responses()))) > 8
     for slices in (0, 3):
-        found = sample(any_model, prompts, keys, vocab, 64, entropies=True, cache="fixed", batch_size=slices)
+        found = sample(any_model, prompts, keys, vocab, 64, entropies=True, cache="fixed", at_once=slices)
         assert found.responses() == expected.responses() and found.ended.tolist() == expected.ended.tolist()
         torch.testing.assert_close(found.entropy[found.mask], expected.entropy[found.mask], rtol=1e-4, atol=1e-4)
 
@@ -146,11 +147,11 @@ def test_both_caches_run_where_weights_are_fp32_and_activations_bf16(any_model, 
 def test_the_fixed_cache_does_not_wait_for_its_longest_row_at_full_width(model, monkeypatch):
     """Rows times columns that attention reads: with one long response among fifteen short ones, less than a third of
     what a cache of the final size reads."""
-    monkeypatch.setattr(common._FixedCache, "block", 16)
+    monkeypatch.setattr(fast.FixedCache, "block", 16)
     prompts, new, read = [(5, 6, 7)] * 16, 120, []
-    step = common._FixedCache.step
+    step = fast.FixedCache.step
     monkeypatch.setattr(
-        common._FixedCache, "step", lambda self, y=None: read.append(self.filled.numel()) or step(self, y)
+        fast.FixedCache, "step", lambda self, y=None: read.append(self.filled.numel()) or step(self, y)
     )
     ends = lambda y, _: (torch.arange(len(y)) > 0) & (len(read) > 4 + torch.arange(len(y)))  # noqa: E731  all but row 0
     monkeypatch.setattr(torch, "isin", ends)
@@ -162,19 +163,19 @@ def test_the_fixed_cache_does_not_wait_for_its_longest_row_at_full_width(model, 
 
 def test_auto_uses_the_fixed_cache_where_it_pays_and_works(any_model, model, monkeypatch):
     """It pays on a GPU; here we only pretend that there is one."""
-    assert common._decoder(any_model, "auto") is common._GrowingCache
+    assert fast.decoder_for(any_model, "auto") is fast.GrowingCache
     on_gpu = type("Parameter", (), {"device": torch.device("cuda")})
     monkeypatch.setattr(type(any_model), "parameters", lambda self: iter([on_gpu]))
-    assert common._decoder(any_model, "auto") is common._FixedCache
+    assert fast.decoder_for(any_model, "auto") is fast.FixedCache
     monkeypatch.setattr(any_model.config, "_attn_implementation", "flash_attention_2")
-    assert common._decoder(any_model, "auto") is common._GrowingCache
+    assert fast.decoder_for(any_model, "auto") is fast.GrowingCache
 
 
 def test_scoring_without_masks_equals_scoring_with_them(any_model):
     prompts, keys, vocab = many(any_model)
     rollouts = sample(any_model, prompts, keys, vocab, 64)
     with torch.no_grad():
-        states = any_model.base_model(**rollouts.inputs(), use_cache=False).last_hidden_state
+        states = any_model.base_model(**masked_inputs(rollouts), use_cache=False).last_hidden_state
         expected = states[:, rollouts.prompt_len - 1 : -1][rollouts.mask]
         torch.testing.assert_close(response_hidden(any_model, rollouts), expected, rtol=1e-5, atol=1e-5)
 
@@ -191,7 +192,7 @@ def test_rollouts_stop_at_every_end_token_and_the_end_token_counts(model):
 
 def test_pad_equal_to_eos_does_not_hide_the_end():
     """[a, b, eos, pad] with pad == eos: three response tokens, because a mask says so and not an id."""
-    vocab = Vocab(None, 10, (9,), pad_id=9)
+    vocab = Vocab(10, (9,), pad_id=9)
     rollouts = make_rollouts([(1,), (1, 2)], [(5, 6, 9), (5, 6, 7, 8)], [True, False], keys_for([0, 0]), vocab, "cpu")
     assert rollouts.mask.sum(1).tolist() == [3, 4] and rollouts.ids[0].tolist() == [9, 1, 5, 6, 9, 9]
 
@@ -200,7 +201,7 @@ def test_left_padding_changes_nothing(model):
     """A padded and an unpadded row give the same logits: position ids and attention mask are passed."""
     rollouts = make_rollouts(PROMPTS, [(30, 31)] * 4, [False] * 4, keys_for(PROMPTS), vocab_of(model), "cpu")
     with torch.no_grad():
-        padded = model(**rollouts.inputs()).logits[:, -2:]
+        padded = model(**masked_inputs(rollouts)).logits[:, -2:]
         for i, prompt in enumerate(PROMPTS):
             alone = model(torch.tensor([[*prompt, 30, 31]])).logits[0, -2:]
             torch.testing.assert_close(padded[i], alone, rtol=1e-4, atol=1e-5)
@@ -209,7 +210,7 @@ def test_left_padding_changes_nothing(model):
 def test_entropies_are_those_of_the_model_at_temperature_1(model):
     rollouts = sample(model, PROMPTS, keys_for(PROMPTS), vocab_of(model, [3]), 10, temperature=0.3, entropies=True)
     with torch.no_grad():
-        p = model(**rollouts.inputs()).logits[:, rollouts.prompt_len - 1 : -1].double().softmax(-1)
+        p = model(**masked_inputs(rollouts)).logits[:, rollouts.prompt_len - 1 : -1].double().softmax(-1)
     expected = -(p * p.log()).sum(-1)
     torch.testing.assert_close(rollouts.entropy[rollouts.mask].double(), expected[rollouts.mask], rtol=1e-4, atol=1e-4)
 
@@ -260,4 +261,4 @@ def test_flops_of_a_mixture_of_experts_are_those_of_the_experts_that_a_token_use
     by_hand = 2 * 2 * layer * n + 4 * n * (n + 1) / 2 * 2 * 4 * 8 + 2 * model.config.vocab_size * 32 * R
     assert sequence_flops(model, torch.tensor([R]), torch.tensor([P])).item() == by_hand
     rollouts = sample(model, PROMPTS, keys_for(PROMPTS), vocab_of(model, [3]), 5)
-    assert common._decoder(model, "auto") is common._GrowingCache and rollouts.mask.any()
+    assert fast.decoder_for(model, "auto") is fast.GrowingCache and rollouts.mask.any()

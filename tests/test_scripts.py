@@ -12,22 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import DISTILLATION, ROOT, SCRIPTS, arguments_of, make_checkpoint, read_log
-from distributed_worker import even_length
+from conftest import DISTILLATION, ROOT, SCRIPTS, argv, arguments_of, even_length, make_checkpoint, read_log, run
 
-from runs import parse
+from plumbing.runs import Run
 
 CORNERS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd"]
-
-
-def argv(arguments):
-    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-
-
-def run(script, **arguments):
-    """Run a script in process, as its command line would."""
-    module = importlib.import_module(script)
-    return module.main(parse(module.Args, argv(arguments)))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -48,11 +37,17 @@ def code_diff(a, b):
     return [line[0] + line[1:].strip() for line in lines if line[0] in "+-"]
 
 
-HOW = "micro_loss, micro_entropy = weighted_kl({}, student, teacher, micro, weights, vocab, u, args.ends)"
-ON_POLICY = "rollouts = sample(student, batch.prompts, batch.keys, vocab, **sampling)"
-OFF_POLICY = "rollouts = stored_rollouts(teacher, batch, vocab, args.out_dir, args.teacher_samples, **sampling)"
+HOW = (
+    "micro_loss, micro_entropy = weighted_kl({}, student, teacher, micro, token_weights, run.vocab, args.estimator, args.ends)"
+)
+ON_POLICY = "rollouts = sample(student, batch.prompts, batch.keys, run.vocab, args.max_new_tokens, **sampling)"
 KL = ["-" + HOW.format("reverse_kl"), "+" + HOW.format("forward_kl")]
-PREFIX = ["+teacher_samples: int = 1", "-" + ON_POLICY, "+" + OFF_POLICY]
+PREFIX = [
+    "+teacher_samples: int = 1",
+    "+answers = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)",
+    "-" + ON_POLICY,
+    "+rollouts = answers(batch, args.max_new_tokens)",
+]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +61,7 @@ def test_siblings_differ_in_the_idea_and_nothing_else(other, expected):
 def test_a_script_can_be_read_at_one_sitting(script):
     text = (ROOT / f"{script}.py").read_text()
     lines = text.splitlines()
-    assert len(lines) <= 200 and max(map(len, lines)) <= 120
+    assert len(lines) <= 125 and max(map(len, lines)) <= 120
     assert "<-" in ast.get_docstring(ast.parse(text)), "the 2x2 table marks this file"
 
 
@@ -105,10 +100,8 @@ def test_a_run_leaves_what_its_contract_says(script, estimator, world, tmp_path)
 
 
 def test_the_student_moves_and_the_teacher_does_not(world, tmp_path, monkeypatch):
-    import opd
-
-    loaded, load = [], opd.load_model
-    monkeypatch.setattr(opd, "load_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    loaded, load = [], Run.load
+    monkeypatch.setattr(Run, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
     run("opd", **world, out_dir=tmp_path / "run")
     for model, path, moved in zip(loaded, (world["student"], world["teacher"]), (True, False)):
         before = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
@@ -224,9 +217,9 @@ def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tm
 
     sampled, sample = [], common.sample
 
-    def spy(model, prompts, *args, stream="rollout", **kwargs):
-        sampled.extend(prompts if stream == "teacher" else [])
-        return sample(model, prompts, *args, stream=stream, **kwargs)
+    def spy(model, prompts, *args, **kwargs):
+        sampled.extend(prompts if kwargs.get("stream") == "teacher" else [])
+        return sample(model, prompts, *args, **kwargs)
 
     monkeypatch.setattr(common, "sample", spy)
 

@@ -7,13 +7,12 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import DISTILLATION, ROOT, make_checkpoint, make_tokenizer, read_log, write_jsonl
-from test_scripts import run
+from conftest import DISTILLATION, ROOT, make_checkpoint, make_tokenizer, read_log, run, write_jsonl
 
 import opd
-import runs
-import tasks
-from runs import check_args, load_model, load_vocab, parse, precision
+from plumbing import models, tasks
+from plumbing.models import autocast, load_model, load_vocab
+from plumbing.runs import check_args, parse
 
 GSM8K = {
     "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
@@ -99,23 +98,23 @@ def test_prompts_and_ends_are_shared(world):
     module = importlib.import_module("opd")
     args = parse(module.Args, ["--student", world["student"], "--teacher", world["teacher"]])
     problems = [tasks.Problem("What is 12 divided by 4?", "3")]
-    vocab = load_vocab(args, [problems])
-    text = vocab.tokenizer.decode(problems[0].prompt)
+    vocab, tokenizer = load_vocab(args, [problems])
+    text = tokenizer.decode(problems[0].prompt)
     assert text == (
         "<|im_start|>user\nWhat is 12 divided by 4?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
-    names = vocab.tokenizer.convert_ids_to_tokens(list(vocab.end_ids))
+    names = tokenizer.convert_ids_to_tokens(list(vocab.end_ids))
     assert {"<|endoftext|>", "<|im_end|>"} <= set(names)
     args.thinking = True
     load_vocab(args, [problems])
-    assert vocab.tokenizer.decode(problems[0].prompt).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(problems[0].prompt).endswith("<|im_start|>assistant\n")
 
 
 def test_the_instruction_is_part_of_every_prompt_and_of_the_teachers_store(world, tmp_path):
     args = parse(opd.Args, ["--student", world["student"], "--teacher", world["teacher"], "--instruction", "Box it."])
     problems = [tasks.Problem("Is 7 prime?", "1")]
-    vocab = load_vocab(args, [problems])
-    assert "<|im_start|>user\nIs 7 prime?\nBox it.<|im_end|>" in vocab.tokenizer.decode(problems[0].prompt)
+    vocab, tokenizer = load_vocab(args, [problems])
+    assert "<|im_start|>user\nIs 7 prime?\nBox it.<|im_end|>" in tokenizer.decode(problems[0].prompt)
     for name, instruction in (("a", ""), ("b", "Box it."), ("c", "Box it.")):
         run("sft_offpolicy", **world, instruction=instruction, out_dir=tmp_path / name)
     assert len(list((tmp_path / "teacher_rollouts").iterdir())) == 2
@@ -133,7 +132,7 @@ def test_what_the_loss_does_at_an_end_token(world):
     )
     args = parse(importlib.import_module("opd").Args, ["--student", world["student"], "--teacher", world["teacher"]])
     problems = [tasks.Problem("Is 7 prime?", "1")]
-    vocab = load_vocab(args, [problems])
+    vocab, tokenizer = load_vocab(args, [problems])
     prompt, response = problems[0].prompt, (10, 11, vocab.end_ids[0])
     batch = make_rollouts([prompt], [response], [True], [(0, 1, 0)], vocab, "cpu")
     only_end = torch.tensor([[0.0, 0.0, 1.0]])
@@ -209,7 +208,7 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
             recipe.write_text(content)
         with pytest.raises(SystemExit, match=says):
             parse(opd.Args, ["--recipe", str(recipe)])
-    with pytest.raises(SystemExit, match="one file"):
+    with pytest.raises(SystemExit, match="expected one argument"):
         parse(opd.Args, ["--recipe"])
 
 
@@ -221,16 +220,16 @@ def test_auto_is_bf16_on_a_gpu_and_for_real_models_on_processors_made_for_it(gpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(runs, "is_toy", lambda config: not real)
-    assert runs.resolve_precision(opd.Args(**world)) == expected
-    assert runs.resolve_precision(opd.Args(**world | dict(precision="fp32"))) == "fp32"
+    monkeypatch.setattr(models, "is_toy", lambda config: not real)
+    assert models.resolve_precision(opd.Args(**world)) == expected
+    assert models.resolve_precision(opd.Args(**world | dict(precision="fp32"))) == "fp32"
 
 
 def test_the_record_holds_the_precision_that_was_meant(world, tmp_path):
     run("opd", **world, out_dir=tmp_path / "run")
     assert json.loads((tmp_path / "run/args.json").read_text())["precision"] in ("fp32", "bf16")
-    assert runs.is_toy(transformers.AutoConfig.from_pretrained(world["student"]))
-    assert not runs.is_toy(transformers.Qwen3Config())
+    assert models.is_toy(transformers.AutoConfig.from_pretrained(world["student"]))
+    assert not models.is_toy(transformers.Qwen3Config())
 
 
 def test_small_steps_move_fp32_weights_and_not_those_in_bf16(world, tmp_path):
@@ -245,7 +244,7 @@ def test_small_steps_move_fp32_weights_and_not_those_in_bf16(world, tmp_path):
         before = [p.detach().clone() for p in student.parameters()]
         optimizer = torch.optim.AdamW(student.parameters(), lr=5e-7, weight_decay=0.0, fused=True)
         for _ in range(20):
-            with precision(student):
+            with autocast(student):
                 logits = student(input_ids=torch.arange(60)[None]).logits
             logits.float().logsumexp(-1).sum().backward()
             optimizer.step()
@@ -278,7 +277,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass(world):
 
 @pytest.mark.parametrize(
     "device, world_size, says",
-    [("cuda:99", "1", "must be a device here"), ("gpu", "1", "must be a device here"), ("cpu", "2", "under torchrun")],
+    [("cuda:99", "1", "must be a device here"), ("gpu", "1", "must be a device here"), ("cpu", "2", "torchrun shards the teacher")],
 )
 def test_a_teacher_device_that_is_not_there(device, world_size, says, world, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", world_size)

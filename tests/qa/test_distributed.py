@@ -14,11 +14,10 @@ import distributed_worker
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_checkpoint, read_log
-from test_scripts import run
+from conftest import ROOT, even_length, make_checkpoint, read_log, run
 
 SCRIPTS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd"]
-WORKER = str(ROOT / "tests/distributed_worker.py")
+WORKER = str(ROOT / "tests/qa/distributed_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -31,7 +30,7 @@ def free_port():
 # Importing torch and transformers is most of what a short-lived process does: import them once, then fork.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["distributed_worker"])
-os.environ["PYTHONPATH"] = str(ROOT / "tests")  # where the server, which is not pytest's child, finds it
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/qa"), str(ROOT / "tests")])  # where the server, which is not pytest's child, finds it
 
 
 def start(world, jobs, tmp_path):
@@ -86,7 +85,7 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
     two = start(2, jobs("2", every, sgd=True), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", distributed_worker.sgd)
-        patch.setattr(importlib.import_module("grpo"), "grade", distributed_worker.even_length)
+        patch.setattr(importlib.import_module("grpo"), "grade", even_length)
         for script, job in jobs("1", every):
             run(script, **job)
     succeed(two)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import ROOT, make_checkpoint
 
-import runs
+from plumbing import runs
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -113,7 +113,7 @@ def test_plain_computes_the_same_loss_and_gradient():
     """Given the same responses to ragged prompts. (What it draws are other numbers.)"""
     small = case("toy", shrink=True)
     student, teacher = bench.build(small)
-    vocab = bench.Vocab(None, small.vocab, (), 0)
+    vocab = bench.Vocab(small.vocab, (), 0)
     prompts = bench.random_prompts(small, step=0)
     torch.manual_seed(0)
     rollouts = bench.plain_sample(student, prompts, [()] * len(prompts), vocab, 8)
@@ -145,7 +145,8 @@ def test_what_is_timed_are_the_lines_of_opd_py():
     scripts = [(ROOT / path).read_text().split("\n") for path in ("opd.py", "bench/bench.py")]
     opd, ours = ({line.split("  # ")[0].strip() for line in lines} for lines in scripts)
     for beginning in (
-        "optimizer = ", "rollouts = ", "n_rollouts, ", "for micro ", "weights = ", "micro_loss, ", "(micro_loss", "loss, ",
+        "optimizer = ", "rollouts = ", "n_tokens = ", "for micro ", "token_weights = ", "micro_loss, ", "reverse_kl, ",
+        "micro_loss.", "loss, ",
         "grad_norm = ", "optimizer.step", "optimizer.zero",
     ):  # fmt: skip
         assert [line for line in opd & ours if line.startswith(beginning)], f"no line {beginning!r} in both"

@@ -62,6 +62,15 @@ def load_problems(name, needs_answer=False, skip_unanswered=False):
     return problems
 
 
+def load_evals(names, n):
+    """{name: [Problem]} of all sets in `names`, separated by commas; of each, n problems, evenly spread (0: all)."""
+    evals = {name: load_problems(name, needs_answer=True) for name in names.split(",")}
+    return {
+        name: [problems[i * len(problems) // n] for i in range(n)] if 0 < n < len(problems) else problems
+        for name, problems in evals.items()
+    }
+
+
 def _rows(name):
     """The dataset's rows as dicts. `datasets` is imported only for what plain JSON cannot read: it takes seconds."""
     if not name.strip():

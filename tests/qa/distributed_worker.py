@@ -11,23 +11,20 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # tests/ and what it tests
 
 import torch
 
 import opd  # noqa: F401  all that the scripts import, once, before the process is forked
-import runs
+from conftest import even_length
+from plumbing.processes import rank_and_world
+from plumbing.runs import parse
 
 ADAMW = torch.optim.AdamW
 
 
 def sgd(params, lr, **others):
     return torch.optim.SGD(params, lr=lr)
-
-
-def even_length(text, answer, grading="marked"):
-    """A reward that random models get now and then, so that GRPO has something to reinforce."""
-    return len(text) % 2 == 0
 
 
 def work(jobs):
@@ -41,13 +38,13 @@ def work(jobs):
             healthy = module.sample
 
             def sample(model, prompts, keys, *args, healthy=healthy, **kwargs):
-                if keys[0][1] == int(os.environ["SICK_AT"]) and runs.rank_and_world()[0] == 1:
+                if keys[0][1] == int(os.environ["SICK_AT"]) and rank_and_world()[0] == 1:
                     raise RuntimeError("process 1 is ill")
                 return healthy(model, prompts, keys, *args, **kwargs)
 
             module.sample = sample
         argv = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-        module.main(runs.parse(module.Args, argv))
+        module.main(parse(module.Args, argv))
 
 
 def work_forked(environment, jobs, log):

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import read_log
+from conftest import even_length, read_log, run
 from test_reliability import Killed
-from test_scripts import code_diff, run
+from test_scripts import code_diff
 
-from common import make_rollouts, token_log_probs
-from runs import Vocab
+from common import make_rollouts
+from plumbing.fast import token_log_probs
+from plumbing.models import Vocab
+from plumbing.runs import Run
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -50,14 +52,15 @@ def test_the_mixture_is_linear_between_dagger_and_opd(estimator, world, tmp_path
 
 
 def test_the_mixture_adds_one_field_and_changes_the_marked_line():
+    how = "micro_loss, micro_entropy = weighted_kl({}, student, teacher, micro, token_weights, run.vocab, args.estimator, args.ends)"
     assert code_diff("opd", "kl_mix") == [
         "+from functools import partial",
-        "-from common import forward_kl, reverse_kl, sample, sequence_flops, stored_rollouts, uniforms, weighted_kl",
-        "+from common import mixed_kl, sample, sequence_flops, uniforms, weighted_kl",
+        "-from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl",
+        "+from common import evaluate, mixed_kl, sample, weighted_kl",
         "+lam: float = 0.2",
         "+kl = partial(mixed_kl, lam=args.lam)",
-        "-micro_loss, micro_entropy = weighted_kl(reverse_kl, student, teacher, micro, weights, vocab, u, args.ends)",
-        "+micro_loss, micro_entropy = weighted_kl(kl, student, teacher, micro, weights, vocab, u, args.ends)",
+        "-" + how.format("reverse_kl"),
+        "+" + how.format("kl"),
     ]
 
 
@@ -119,15 +122,13 @@ def test_a_closed_gate_returns_the_last_stable_checkpoint(world, tmp_path, monke
     run("curriculum", **world | LADDER, out_dir=tmp_path / "closed")
     scripted(monkeypatch, [2, 2, 2, 2])
     states = {}  # the weights of the whole ladder's run, after step 6
-    import curriculum
+    keep = Run.save_state
 
-    keep = curriculum.save_state
+    def spy(run, name=None):
+        states.setdefault(run.step, {n: p.clone() for n, p in run.student.state_dict().items()})
+        return keep(run, name)
 
-    def spy(args, progress, student, optimizer, name=None):
-        states.setdefault(progress.step, {n: p.clone() for n, p in student.state_dict().items()})
-        return keep(args, progress, student, optimizer, name)
-
-    monkeypatch.setattr(curriculum, "save_state", spy)
+    monkeypatch.setattr(Run, "save_state", spy)
     run("curriculum", **world | LADDER, out_dir=tmp_path / "whole")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "closed/model").state_dict()
     assert all(torch.equal(weight, states[6][name]) for name, weight in model.items())
@@ -141,8 +142,8 @@ def test_a_closed_gate_returns_the_last_stable_checkpoint(world, tmp_path, monke
         ("sample", 4),
         ("sample", 7),
         ("sample", 10),
-        ("log", 4),
-        ("log", 7),
+        ("_log", 4),
+        ("_log", 7),
         ("save_state", 2),
         ("save_state", 5),
     ],
@@ -154,7 +155,8 @@ def test_the_curriculum_survives_a_kill_in_a_stage_and_at_a_transition(where, ki
     arguments = world | LADDER | dict(save_every=2, on_closed="continue", h_min=4.4)
     if not (tmp_path.parent / "whole").exists():
         run("curriculum", **arguments, out_dir=tmp_path.parent / "whole")
-    original, calls = getattr(curriculum, where), []
+    place = curriculum if where == "sample" else Run
+    original, calls = getattr(place, where), []
 
     def kill(*args, **kwargs):
         calls.append(1)
@@ -163,7 +165,7 @@ def test_the_curriculum_survives_a_kill_in_a_stage_and_at_a_transition(where, ki
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(curriculum, where, kill)
+        patch.setattr(place, where, kill)
         run("curriculum", **arguments, out_dir=tmp_path / "cut")
     run("curriculum", **arguments, out_dir=tmp_path / "cut")
     assert read_log(tmp_path / "cut") == read_log(tmp_path.parent / "whole")
@@ -226,7 +228,7 @@ def test_the_surrogate_is_its_definition_and_its_gradient_that_of_finite_differe
 
 def test_log_probabilities_are_those_of_full_logits(world):
     model = transformers.AutoModelForCausalLM.from_pretrained(world["student"]).eval()
-    vocab = Vocab(None, model.config.vocab_size, (302,), 302)
+    vocab = Vocab(model.config.vocab_size, (302,), 302)
     prompts, responses = [(5, 6, 7), (8, 9)], [(20, 21), (30, 31, 32, 33)]
     batch = make_rollouts(prompts, responses, [True] * 2, [(0, 1, 0), (0, 1, 1)], vocab, "cpu")
     found = token_log_probs(model, batch, vocab, chunk=4)
@@ -238,17 +240,13 @@ def test_log_probabilities_are_those_of_full_logits(world):
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def grade_by_length(text, answer, grading="marked"):
-    return len(text) % 2 == 0  # random models never answer; this splits their groups
-
-
 def test_grpo_reinforces_what_was_better_than_its_group(world, tmp_path, monkeypatch):
     """With a reward for texts of even length the reward rises; with equal rewards nothing moves, and nothing is NaN."""
     import grpo
 
     arguments = world | dict(batch_size=4, group_size=8, steps=40, eval_every=0, lr=1e-2)
     del arguments["teacher"]
-    monkeypatch.setattr(grpo, "grade", grade_by_length)
+    monkeypatch.setattr(grpo, "grade", even_length)
     run("grpo", **arguments, out_dir=tmp_path / "run")
     rewards = [row["reward"] for row in read_log(tmp_path / "run")[1:]]
     assert sum(rewards[-7:]) > sum(rewards[:7]) + 1.5
@@ -261,7 +259,7 @@ def test_grpo_first_gradient_is_the_policy_gradient_of_the_definition(world, tmp
     """−Σ A ∇ log q / tokens, one sequence at a time, on full logits; and more than one update starts from the same."""
     import grpo
 
-    monkeypatch.setattr(grpo, "grade", grade_by_length)
+    monkeypatch.setattr(grpo, "grade", even_length)
     seen = {}
     sample = grpo.sample
     monkeypatch.setattr(grpo, "sample", lambda *a, **k: seen.setdefault("rollouts", sample(*a, **k)))
@@ -274,7 +272,7 @@ def test_grpo_first_gradient_is_the_policy_gradient_of_the_definition(world, tmp
     tokenizer = transformers.AutoTokenizer.from_pretrained(world["student"])
     rollouts = seen["rollouts"]
     texts = tokenizer.batch_decode(rollouts.responses(), skip_special_tokens=True)
-    rewards = torch.tensor([float(grade_by_length(text, None)) for text in texts]).view(2, 4)
+    rewards = torch.tensor([float(even_length(text, None)) for text in texts]).view(2, 4)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, unbiased=False, keepdim=True) + 1e-4)
     loss = 0.0
     for ids, mask, prompt, a in zip(rollouts.ids, rollouts.mask, rollouts.prompt_mask, advantages.flatten()):

@@ -19,7 +19,7 @@ from conftest import ROOT, make_tokenizer, read_log, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import opd
-import runs
+from plumbing import models, runs
 
 ROW = {"question": "What is 1+1?", "answer": "2"}
 
@@ -199,13 +199,6 @@ BEFORE_MODELS = {
     "empty name of a model": (dict(student=""), "the student ''", "is no folder here"),
     "folder of something else": (dict(student=checkpoint("student", remove("config.json"))), "no config.json", "student"),
     "folder without weights": (dict(teacher=checkpoint("teacher", remove("model.safetensors"))), "no weights", "teacher"),
-    "weights cut short": (
-        dict(teacher=checkpoint("teacher", truncate("model.safetensors", 20_000))), "model.safetensors is damaged", "again",
-    ),
-    "weights not fetched": (
-        dict(student=checkpoint("student", write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"))),
-        "model.safetensors is damaged", "again",
-    ),
     "config.json not JSON": (dict(student=checkpoint("student", write("config.json", "{"))), "the student", "config.json"),
     "unknown architecture": (dict(student=checkpoint("student", setting("config.json", model_type="qwen99"))), "qwen99"),
     "not a causal model": (
@@ -244,6 +237,13 @@ BEFORE_MODELS = {
     ),
 }  # fmt: skip
 WITH_MODELS = {
+    "weights not fetched": (
+        dict(student=checkpoint("student", write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"))),
+        "is damaged or incomplete", "again",
+    ),
+    "weights cut short": (
+        dict(teacher=checkpoint("teacher", truncate("model.safetensors", 20_000))), "is damaged or incomplete", "again",
+    ),
     "weights of another shape": (
         dict(student=checkpoint("student", setting("config.json", intermediate_size=96))), "do not fit", "config", "mlp",
     ),
@@ -369,7 +369,7 @@ def test_a_divergence_that_cannot_be_sampled(world, tmp_path, monkeypatch, loade
         "def total_variation(student_logits, teacher_logits):\n"
         "    return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2\n\n\n@dataclass\nclass Args"
     )
-    edits = ("weighted_kl(reverse_kl,", "weighted_kl(total_variation,"), ("@dataclass\nclass Args", plain)
+    edits = ("reverse_kl, student,", "total_variation, student,"), ("@dataclass\nclass Args", plain)
     mine = sibling(tmp_path, monkeypatch, *edits)
     arguments = world | {"out_dir": str(tmp_path / "run")}
     line = refusal(mine, command_line(arguments | {"estimator": "sampled"}))
@@ -382,11 +382,11 @@ def test_an_edited_script_is_another_run_and_a_comment_is_not(world, tmp_path, m
     arguments = world | {"out_dir": str(tmp_path / "run")}
     mine = sibling(tmp_path, monkeypatch)
     mine.main(mine.Args(**arguments))
-    mine = sibling(tmp_path, monkeypatch, ("# (4) Loss", "# (4) The loss"), ('"""On-policy', '"""A copy of on-policy'))
+    mine = sibling(tmp_path, monkeypatch, ("# (3) Loss", "# (3) The loss"), ('"""On-policy', '"""A copy of on-policy'))
     with pytest.raises(SystemExit) as end:
         mine.main(mine.Args(**arguments))
     assert end.value.code == 0 and "finished" in capsys.readouterr().out
-    mine = sibling(tmp_path, monkeypatch, ("weighted_kl(reverse_kl,", "weighted_kl(forward_kl,"))
+    mine = sibling(tmp_path, monkeypatch, ("reverse_kl, student,", "forward_kl, student,"))
     line = refusal(mine, command_line(arguments))
     assert "mine.py has been changed" in line and "common.py" not in line
 
@@ -394,7 +394,7 @@ def test_an_edited_script_is_another_run_and_a_comment_is_not(world, tmp_path, m
 def test_a_real_model_with_the_toys_learning_rate_is_warned_of(world, monkeypatch, capsys):
     monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda self: 11_000_000)
     for lr, warned in ((opd.Args.lr, True), (1e-5, False)):
-        runs.load_model(world["student"], opd.Args(lr=lr), trainable=True)
+        models.load_model(world["student"], opd.Args(lr=lr), trainable=True)
         assert ("is made for the toy" in capsys.readouterr().out) == warned
 
 
@@ -412,14 +412,14 @@ def test_lengths_rise(changes):
     import curriculum
 
     with pytest.raises(SystemExit, match="--lengths"):
-        runs.check_args(curriculum.Args(**changes))
+        curriculum.ladder_of(curriculum.Args(**changes))
 
 
 def test_held_out_prompts_are_fewer_than_all(world, tmp_path):
     import curriculum
 
     with pytest.raises(SystemExit, match="--held_out is 12, but .* has 12 rows"):
-        runs.start(curriculum.Args(**world | dict(held_out=12, lengths="2,4", out_dir=str(tmp_path / "run"))))
+        curriculum.main(curriculum.Args(**world | dict(held_out=12, lengths="2,4", out_dir=str(tmp_path / "run"))))
 
 
 def test_latex_answers_need_math_verify(world, tmp_path, monkeypatch, loaded):
@@ -443,9 +443,8 @@ def stopped(world, tmp_path_factory):
         data=str(shutil.copy(world["data"], folder / "train.jsonl")),
         out_dir=str(folder / "run"), steps=4, eval_every=0,
     )  # fmt: skip
-    steps_done = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.CtrlC, "__bool__", lambda self: steps_done.append(1) or len(steps_done) == 2)
+        patch.setattr(runs.Run, "stop_asked", property(lambda run: run.step == 2, lambda run, value: None), raising=False)
         with pytest.raises(SystemExit, match="stopped after step 2"):
             opd.main(opd.Args(**arguments))
     return arguments

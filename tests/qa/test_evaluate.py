@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import read_log, write_jsonl
-from test_scripts import run
+from conftest import read_log, run, write_jsonl
 
 import compare
 import evaluate
-from evaluate import summarize
-from runs import load_evals, parse
+from common import summarize
+from plumbing.runs import parse, pool
+from plumbing.tasks import load_evals
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def test_several_sets_are_pooled_by_the_formula_of_a_mean():
     """Sets of 30, 40, 500 and 1,319 problems: half-widths .18, .15, .04 and .03 give .06, and not their mean, .10."""
     widths, sizes = (0.18, 0.15, 0.04, 0.03), (30, 40, 500, 1319)
     sets = [dict(avg_at_k=a, avg_at_k_ci=w, pass_at_k_ci=w, problems=n) for a, w, n in zip((0, 0.2, 0.4, 0.6), widths, sizes)]
-    m = evaluate.pool(sets)
+    m = pool(sets)
     assert m["avg_at_k"] == pytest.approx(0.3) and m["problems"] == 1889
     assert m["avg_at_k_ci"] == pytest.approx((0.18**2 + 0.15**2 + 0.04**2 + 0.03**2) ** 0.5 / 4)
 
 
 def test_a_subset_is_spread_over_the_set(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": f"{i}?", "answer": i} for i in range(10)])
-    taken = lambda n: [p.answer for p in load_evals(evaluate.Args(eval_data=path, eval_problems=n))[path]]  # noqa: E731
+    taken = lambda n: [p.answer for p in load_evals(path, n)[path]]  # noqa: E731
     assert taken(4) == ["0", "2", "5", "7"] and len(taken(0)) == len(taken(99)) == 10
 
 

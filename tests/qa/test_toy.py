@@ -8,9 +8,10 @@ import transformers
 from conftest import ROOT
 
 import opd
-from evaluate import evaluate
-from runs import load_model, load_vocab, parse
-from tasks import grade, load_problems
+from common import evaluate
+from plumbing.models import load_model, load_vocab
+from plumbing.runs import parse
+from plumbing.tasks import grade, load_problems
 
 TOY = ROOT / "toy"
 COLUMNS = ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")
@@ -26,11 +27,9 @@ def stated():
 def measured():
     args = parse(opd.Args, ["--student", str(TOY / "student"), "--teacher", str(TOY / "teacher")])
     problems = load_problems(str(TOY / "eval.jsonl"), needs_answer=True)
-    vocab = load_vocab(args, [problems])
+    vocab, tokenizer = load_vocab(args, [problems])
     return {
-        role: evaluate(
-            load_model(str(TOY / role), args, False), problems, vocab, max_new_tokens=args.eval_max_new_tokens
-        )
+        role: evaluate(load_model(str(TOY / role), args), problems, vocab, tokenizer, args)
         for role in ("teacher", "student")
     }
 

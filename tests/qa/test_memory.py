@@ -15,7 +15,9 @@ from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import opd
-from runs import layers, parse, recomputed
+from plumbing.models import recomputed
+from plumbing.processes import layers
+from plumbing.runs import parse
 
 sys.path.insert(0, str(ROOT / "bench"))
 from bench import Case, model_config  # noqa: E402  the published config.json files

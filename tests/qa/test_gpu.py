@@ -14,13 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import ROOT, read_log
-from test_scripts import run
+from conftest import ROOT, read_log, run
 
-import common
-import runs
-from common import make_rollouts, reverse_kl, sample, weighted_kl
-from runs import Vocab, precision
+from common import draw, make_rollouts, reverse_kl, sample, weighted_kl
+from plumbing import fast, processes
+from plumbing.models import Vocab, autocast
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -33,7 +31,7 @@ def toy(role="student", device="cuda"):
 
 
 def vocab_of(model):
-    return Vocab(None, model.config.vocab_size, (0, 2), 0)
+    return Vocab(model.config.vocab_size, (0, 2), 0)
 
 
 def differing(a, b):
@@ -43,12 +41,12 @@ def differing(a, b):
 @pytest.mark.parametrize("block", [256, 8])
 def test_rollouts_on_a_cpu_by_graph_and_without_are_the_same(block, monkeypatch):
     """fp32: of 64 rollouts, one may differ, where a uniform number falls on the seam between two tokens."""
-    monkeypatch.setattr(common._FixedCache, "block", block)
+    monkeypatch.setattr(fast.FixedCache, "block", block)
     model = toy()
     on_cpu = sample(toy(device="cpu"), PROMPTS, KEYS, vocab_of(model), 48, entropies=True)
     by_graph = sample(model, PROMPTS, KEYS, vocab_of(model), 48, entropies=True, cache="fixed")
     growing = sample(model, PROMPTS, KEYS, vocab_of(model), 48, cache="growing")
-    assert common._decoder(model, "auto") is common._FixedCache
+    assert fast.decoder_for(model, "auto") is fast.FixedCache
     assert differing(on_cpu, by_graph) <= 1 and differing(by_graph, growing) <= 1
 
 
@@ -122,15 +120,15 @@ def test_a_sharded_model_samples_and_learns():
     rollouts = sample(plain, PROMPTS, KEYS, vocab_of(plain), 24)
     dist.init_process_group("nccl", init_method="tcp://127.0.0.1:29511", rank=0, world_size=1)
     try:
-        model = runs.shard(toy())
-        assert common._decoder(model, "auto") is common._GrowingCache
+        model = processes.shard(toy())
+        assert fast.decoder_for(model, "auto") is fast.GrowingCache
         sharded = sample(model, PROMPTS, KEYS, vocab_of(plain), 24)
         assert differing(rollouts, sharded) <= 1
         losses = []
         for student in (plain, model):
             loss, _ = weighted_kl(reverse_kl, student, teacher, rollouts, rollouts.mask / rollouts.mask.sum(), vocab_of(plain))
             loss.backward()
-            losses.append((loss.item(), sum(runs.whole(p.grad).square().sum() for p in student.parameters()).item()))
+            losses.append((loss.item(), sum(processes.full(p.grad).square().sum() for p in student.parameters()).item()))
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     finally:
         dist.destroy_process_group()
@@ -144,7 +142,7 @@ def test_what_a_decode_step_costs():
     )  # fmt: skip
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.autocasts, vocab, ids = True, Vocab(None, 151_936, (), 0), torch.ones(32, dtype=torch.long, device="cuda")
+    model.autocasts, vocab, ids = True, Vocab(151_936, (), 0), torch.ones(32, dtype=torch.long, device="cuda")
 
     def milliseconds(f, n=20):
         for _ in range(4):
@@ -159,12 +157,12 @@ def test_what_a_decode_step_costs():
     for prompt in (1024, 4096):
         rows = [tuple(range(3, 3 + prompt))] * 32
         start = make_rollouts(rows, [()] * 32, [False] * 32, [(0, 0, i) for i in range(32)], vocab, "cuda")
-        with torch.no_grad(), precision(model):
-            decoder = common._FixedCache(model, start)
+        with torch.no_grad(), autocast(model):
+            decoder = fast.FixedCache(model, start)
             decoder.step()
             eager = milliseconds(decoder._read, 10)
             graph = milliseconds(lambda: decoder.step(ids))
-            head = common.Head(model, vocab)
-            drawing = milliseconds(lambda: common.draw(head(decoder.hidden).softmax(-1), torch.rand(32, device="cuda")))
+            head = fast.Head(model, vocab)
+            drawing = milliseconds(lambda: draw(head(decoder.hidden).softmax(-1), torch.rand(32, device="cuda")))
         print(f"\n{prompt + 256} columns: eager {eager} ms, graph {graph} ms; head and draw {drawing} ms")
         assert decoder.graph is not None and decoder.hidden.isfinite().all()

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-import tasks
-from tasks import find_answer, grade
+from plumbing import tasks
+from plumbing.tasks import find_answer, grade
 
 # (answer, reference, right?): compared without any package
 PLAIN = [

@@ -1,0 +1,197 @@
+"""Checkpoints: what can be known without weights is checked first; models are loaded in the precision asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.utils.checkpoint import checkpoint
+
+from plumbing.processes import device_here, is_main, layers, shard
+from plumbing.tasks import encode_prompts, refuse
+
+
+@dataclass(eq=False)
+class Vocab:
+    """What the two models must agree on before their distributions can be compared."""
+
+    size: int  # logits in use
+    end_ids: tuple[int, ...]  # the end tokens of both models: a rollout stops at any of them
+    pad_id: int  # fills what the masks exclude; may well be an end token
+
+
+def load_vocab(args, problem_sets):
+    """Load the tokenizers and configs of the models that args names (student and teacher, student, or model), encode
+    the prompts of all problem sets, and refuse what cannot work. -> Vocab, the student's tokenizer with the teacher's
+    chat template: the template serves both."""
+    paths = {role: getattr(args, role) for role in ("student", "teacher", "model") if hasattr(args, role)}
+    configs = {role: _load_config(path, role).get_text_config() for role, path in paths.items()}
+    tokenizers = {role: _load(transformers.AutoTokenizer, path, role) for role, path in paths.items()}
+    student = next(iter(tokenizers.values()))
+    asker = tokenizers.get("teacher", student)
+    for problems in problem_sets:
+        encode_prompts(problems, asker, args.thinking, args.instruction)
+        _check_known(problems, asker)
+    if "teacher" in paths:
+        _check_same_tokens(student, asker)
+        student.chat_template = asker.chat_template
+        probes = [dataclasses.replace(p) for p in problem_sets[0][:256]]
+        encode_prompts(probes, student, args.thinking, args.instruction)
+        if any(a.prompt != b.prompt for a, b in zip(probes, problem_sets[0])):
+            refuse("--student and --teacher tokenize the same prompt differently: choose both from one family")
+    sizes = {role: config.vocab_size for role, config in configs.items()}
+    needed, size = max(max(tok.get_vocab().values()) + 1 for tok in tokenizers.values()), min(sizes.values())
+    if needed > size:
+        refuse(
+            f"the tokenizer has ids up to {needed - 1}, but the vocabulary sizes in config.json are {sizes}: the "
+            "tokenizer is another model's, or model.resize_token_embeddings was forgotten"
+        )
+    if len(set(sizes.values())) > 1:
+        size = needed
+        if is_main():
+            print(f"vocabulary sizes are {sizes}: logits cropped to the tokenizer's {size}")
+    end_ids = set()
+    for role, path in paths.items():
+        for ids in (configs[role].eos_token_id, _generation_end(path), tokenizers[role].eos_token_id):
+            end_ids.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    end_ids = tuple(sorted(i for i in end_ids if 0 <= i < size))
+    if not end_ids:
+        refuse(f"no response could ever end: set an end token, eos_token_id below {size}, in a model's config.json")
+    _check_room(args, configs, problem_sets)
+    return Vocab(size, end_ids, end_ids[0] if student.pad_token_id is None else student.pad_token_id), student
+
+
+def _check_same_tokens(student, teacher):
+    """End tokens may differ in role; every ordinary token must have the same id."""
+    added = set(student.get_added_vocab()) | set(teacher.get_added_vocab())
+    ordinary = [{t: i for t, i in tok.get_vocab().items() if t not in added} for tok in (student, teacher)]
+    if ordinary[0] != ordinary[1]:
+        refuse(
+            f"the tokenizers of student ({len(ordinary[0])} tokens) and teacher ({len(ordinary[1])} tokens) differ: "
+            "their distributions are over different things; choose --student and --teacher from one family"
+        )
+
+
+def _check_known(problems, tokenizer):
+    """Refuse questions that the tokenizer has no words for: a model learns nothing from them, without complaint."""
+    unknown = [sum(i == tokenizer.unk_token_id for i in p.prompt) / len(p.prompt) for p in problems]
+    share = sum(unknown) / len(unknown)
+    if share > 0.05:
+        example = problems[unknown.index(max(unknown))].question[:60]
+        refuse(
+            f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {tokenizer.name_or_path!r}, as in "
+            f"{example!r}: models and data do not belong together"
+        )
+
+
+def _check_room(args, configs, problem_sets):
+    """Prompts and responses must fit into both models' contexts."""
+    longest = max((p for problems in problem_sets for p in problems), key=lambda p: len(p.prompt))
+    new = max(getattr(args, "max_new_tokens", 0), args.eval_max_new_tokens)
+    for role, config in configs.items():
+        room = getattr(config, "max_position_embeddings", None) or math.inf
+        if len(longest.prompt) + new > room:
+            refuse(
+                f"the longest prompt has {len(longest.prompt)} tokens; with {new} new ones it exceeds the {role}'s "
+                f"context of {room}: lower --max_new_tokens and --eval_max_new_tokens or leave out "
+                f"{longest.question[:60]!r}..."
+            )
+
+
+def _generation_end(path):
+    """The end tokens in a checkpoint's generation_config.json, of which nothing else is used."""
+    try:
+        return transformers.GenerationConfig.from_pretrained(path).eos_token_id
+    except Exception as error:  # most often there is none, which is fine
+        if os.path.exists(os.path.join(path, "generation_config.json")):
+            refuse(f"generation_config.json in {path!r} is damaged: mend or delete it ({error})")
+
+
+def resolve_precision(args):
+    """What --precision auto stands for here: bf16 on a GPU; on a CPU for models of more than 10 million parameters, if
+    the processor multiplies bf16 matrices itself (on others a step in bf16 takes ten times as long and more)."""
+    if args.precision != "auto":
+        return args.precision
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    path = args.student if hasattr(args, "student") else args.model
+    return "bf16" if torch.cuda.is_available() or (able and not is_toy(_load_config(path, "student"))) else "fp32"
+
+
+def is_toy(config):
+    """Whether a model of this config has less than 10 million parameters."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config).num_parameters() < 10e6
+
+
+def load_model(path, args, trainable=False):
+    """A causal LM on this process's device: the trained one with fp32 weights, which small learning rates need."""
+    dtype = torch.bfloat16 if args.precision == "bf16" and not trainable else torch.float32
+    device = device_here() if trainable else getattr(args, "teacher_device", "") or device_here()
+    model = _load(transformers.AutoModelForCausalLM, path, "model", dtype=dtype).to(device)
+    if trainable and model.num_parameters() > 10e6 and args.lr == type(args).lr and is_main():
+        print(f"warning: --lr {args.lr} is made for the toy; models of this size take 1e-6 to 1e-5, see recipes/")
+    if model.device.type == "cpu" and model.num_parameters() < 10e6:
+        torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much
+    model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree
+    model.autocasts = args.precision == "bf16" and trainable  # see autocast()
+    if trainable and args.gradient_checkpointing:
+        for layer in layers(model):  # transformers' own switch needs train mode, and with it dropout
+            layer.forward = recomputed(layer.forward)
+    return shard(model) if dist.is_initialized() else model
+
+
+def autocast(model):
+    """The region in which a model with fp32 weights computes in bf16, if it is to: the copies of its weights that this
+    takes are made once in it, so one region goes around many decode steps."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "autocasts", False))
+
+
+def recomputed(forward):
+    """A forward pass whose activations are computed again in the backward pass instead of kept; sampling keeps none."""
+
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return checkpointed
+
+
+def _load_config(path, role):
+    config = _load(transformers.AutoConfig, path, role)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        refuse(f"--{role} {path!r} is a {config.model_type} model: give a causal language model")
+    return config
+
+
+def _load(auto_class, path, role, **options):
+    """auto_class.from_pretrained, which explains itself at length, fills in weights that are missing at random, and
+    makes an empty tokenizer where there is none: each of these is refused here, in one line."""
+    where = "is no folder here, and cannot be had from the hub by this name"
+    if os.path.isdir(path):
+        where, names = "is damaged or incomplete, so copy or download it again", " ".join(os.listdir(path))
+        parts = dict(tokenizer="tokenizer|vocab|spiece", weights=r"\.safetensors|\.bin")
+        parts = {"config.json": r"\bconfig\.json", **parts}
+        missing = [part for part, pattern in parts.items() if not re.search(pattern, names)]
+        if missing:
+            refuse(f"the {role} {path!r} has no {missing[0]}: save model and tokenizer there with save_pretrained")
+    try:
+        if auto_class is not transformers.AutoModelForCausalLM:
+            return auto_class.from_pretrained(path, **options)
+        model, report = auto_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:  # the hub, the file system, the format: transformers raises them all
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        refuse(f"the {role} {path!r} {where} ({auto_class.__name__}: {reason})")
+    wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    if wrong:
+        trouble = f"{len(wrong)} missing or of another shape, such as {wrong[0]}"
+        refuse(f"the weights in {path!r} do not fit its config.json ({trouble}): copy or download it again")
+    return model
