@@ -8,8 +8,6 @@ frozen teacher, q_θ (q) the student. Logits at position t predict token t + 1. 
 come student first, teacher second; forward KL, KL(p‖q), is written the other way round.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from dataclasses import dataclass
@@ -86,11 +84,11 @@ class _KL(torch.autograd.Function):
         q = log_q.exp_()
         parts = []
         if lam < 1:  # (i)  ∇ KL(p‖q) = − E_{y~p}[ ∇ log q(y) ]
-            expected = p if u is None else one_hot(draw(p, u), p)
+            expected = p if u is None else _one_hot(draw(p, u), p)
             grad = q - expected
             parts.append((1 - lam, -_times(expected, log_ratio).sum(-1), grad))
         if lam > 0:  # (ii)  ∇ KL(q‖p) = E_{y~q}[ (log q(y) − log p(y)) ∇ log q(y) ]
-            expected = q if u is None else one_hot(draw(q, u), q)
+            expected = q if u is None else _one_hot(draw(q, u), q)
             grad = _times(expected, log_ratio)
             kl = grad.sum(-1)
             parts.append((lam, kl, grad.addcmul_(q, kl[..., None], value=-1)))
@@ -109,8 +107,7 @@ class _KL(torch.autograd.Function):
         return (grad_output[..., None] * grad).to(ctx.dtype), None, None, None
 
 
-def one_hot(y, like):
-    """(...), (..., V) -> (..., V): 1 at token y."""
+def _one_hot(y, like):  # (...), (..., V) -> (..., V)
     return torch.zeros_like(like).scatter_(-1, y[..., None], 1.0)
 
 
@@ -122,8 +119,7 @@ def _times(probs, x):
 def entropy(logits):
     """H(softmax(logits)) = −Σ_y q(y) log q(y). (..., V) -> (...), nats, in fp32 where the input is half precision."""
     log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    q = log_q.exp()
-    return -(q * log_q.clamp(min=torch.finfo(q.dtype).min)).sum(-1)  # 0 · log 0 = 0
+    return -_times(log_q.exp(), log_q).sum(-1)
 
 
 def as_one_end(logits, end_ids):
@@ -171,8 +167,7 @@ def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estim
 @dataclass
 class Rollouts:
     """B sequences, prompts padded on the left to P tokens, responses on the right to R, so that position P is where
-    every response begins and a loss is one slice. Padding is marked in masks, never by a token id: pad may equal eos.
-    """
+    every response begins and a loss is one slice. Padding is marked in masks, never by a token id: pad may be eos."""
 
     ids: torch.Tensor  # (B, P+R) token ids
     prompt_mask: torch.Tensor  # (B, P) True at prompt tokens
@@ -272,8 +267,7 @@ def draw(probs, u):
     """The token that the uniform number u picks by inverse CDF: the first y with F(y) > u. (..., V), (...) -> (...).
 
     One number per token, instead of torch.multinomial's hidden generator, is what makes a rollout a function of
-    (seed, step, row) alone. A token of probability 0 is never drawn.
-    """
+    (seed, step, row) alone. A token of probability 0 is never drawn."""
     cdf = probs.cumsum(-1, dtype=torch.float64)  # in fp32, a quarter of 150,000 tokens would get no step at all
     total = cdf[..., -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # u · total must not round up to total itself
@@ -284,9 +278,8 @@ def draw(probs, u):
 def uniforms(keys, n, stream):
     """(B, n) fp32 numbers in [0, 1); row i depends on (stream, *keys[i]) alone, and number j not on n.
 
-    keys: B tuples of non-negative ints, here (seed, step, row). Whoever owns a row can draw its numbers, so rollouts
-    depend neither on the number of processes nor on micro-batches, and resuming needs no generator's state.
-    """
+    keys: B tuples of non-negative ints, here (seed, step, row). So rollouts depend neither on the number of processes
+    nor on micro-batches, and resuming needs no generator's state."""
     stream = zlib.crc32(stream.encode())
     rows = [np.random.default_rng((stream, *key)).random(n, dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows))
@@ -296,10 +289,9 @@ class TeacherRollouts:
     """A teacher's responses to a run's prompts, sampled the first time they are asked for and read afterwards.
 
     They do not depend on the student, so one is enough for all steps, and for all runs and scripts with the same
-    teacher, prompts, seed and sampling arguments: that is what makes teacher prefixes cheap. `samples` responses per prompt take
+    teacher, prompts, seed and sampling arguments: teacher prefixes are cheap. `samples` responses per prompt take
     turns over the epochs. Random numbers are keyed by (seed, row, sample), so that it does not matter who samples what,
-    when; a long response serves every shorter length, and `longest` of several lengths is what is sampled.
-    """
+    when; a long response serves every shorter length, and `longest` of several lengths is what is sampled."""
 
     def __init__(self, teacher, run, samples, longest=0, at_once=0, **sampling):
         self.teacher, self.run, self.samples, self.longest = teacher, run, samples, longest
@@ -342,11 +334,8 @@ def pass_at_k(n, c, k):
 
 
 def evaluate(model, problems, vocab, tokenizer, args, top_p=1.0, top_k=0):
-    """Sample args.eval_n responses (0: args.eval_k) to every problem and grade them. -> (metrics, records)
-
-    metrics: see summarize. records: one dict per response, in the order of problems and samples. Random numbers are
-    keyed by (seed, problem, sample), so two evaluations differ only by the model.
-    """
+    """Sample args.eval_n responses (0: args.eval_k) to every problem and grade them. -> (metrics as of summarize, records,
+    one dict a response). Random numbers are keyed by (seed, problem, sample): two evaluations differ by the model."""
     pairs = [(i, j) for i in range(len(problems)) for j in range(args.eval_n or args.eval_k)]
     pairs.sort(key=lambda pair: len(problems[pair[0]].prompt))  # prompts of a length share a batch: less padding
     prompts, keys = [problems[i].prompt for i, _ in pairs], [(args.seed, i, j) for i, j in pairs]
@@ -376,10 +365,8 @@ def many_rollouts(model, prompts, keys, vocab, batch_size, *sampling):
 
 
 def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):
-    """Mean predictive entropy (T = 1, nats per token) of the model's own rollouts of at most max_new_tokens on prompts.
-
-    -> (entropy, model FLOPs of measuring it). The same random numbers every time: two measurements differ by the model.
-    """
+    """Mean predictive entropy (T = 1, nats per token) of the model's own rollouts of at most max_new_tokens on prompts,
+    with the same random numbers every time. -> (entropy, model FLOPs of measuring it)"""
     keys, sums = [(0, 0, i) for i in range(len(prompts))], np.zeros(3)
     for rows, rollouts in many_rollouts(model, prompts, keys, vocab, batch_size, max_new_tokens, 1.0, 1.0, 0, "gate"):
         nats = (rollouts.entropy * rollouts.mask).sum().item()
@@ -389,12 +376,10 @@ def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):
 
 
 def summarize(records, problems, k):
-    """What evaluate's records say about some of the problems (their numbers).
-
-    -> avg_at_k (mean accuracy), pass_at_k (unbiased), avg_at_k_ci and pass_at_k_ci (half the width of the normal 95 %
-    interval over problems), eval_len (mean response length, tokens), eval_clip_ratio (fraction cut at the cap),
-    eval_marked (fraction with a marked answer), eval_entropy (mean predictive entropy at T = 1 per token of these
-    rollouts, nats), problems (how many).
+    """What evaluate's records say about some of the problems (their numbers). -> avg_at_k (mean accuracy), pass_at_k
+    (unbiased), avg_at_k_ci and pass_at_k_ci (half-widths of normal 95 % intervals over problems), eval_len (mean
+    response length, tokens), eval_clip_ratio (fraction cut), eval_marked (fraction with a marked answer), eval_entropy
+    (mean predictive entropy at T = 1 per token of these rollouts, nats), problems (how many).
     """
     by_problem = {i: [] for i in problems}
     for record in records:

@@ -14,15 +14,14 @@ never get that far into a response. The gate (arXiv 2605.16826) lengthens traini
 Where this is our reading, and not the paper's words.
 - H_m is measured on the student's own rollouts at T = 1 and length L_m, on --held_out prompts of the training data.
 - Every length of the ladder gets the same number of steps; the gate is asked once, at the end of its stage.
-- A closed gate ends training, and the result is the last stable checkpoint: the one after stage m − 1. With
-  --on_closed continue, training goes on from that checkpoint at that length, and the gate is not asked again.
-- If stage 0 itself is unstable there is nothing to fall back on: the result is its checkpoint, and that is said.
+- A closed gate ends training, and the result is the last stable checkpoint: the one after stage m − 1 (that of stage 0
+  if there is no other). With --on_closed continue, training goes on from it at its length, and no gate is asked again.
 - The optimizer's state is kept across stages, and the learning rate has one warm-up.
 
 Run it.
-    python curriculum.py                                CPU, the embedded toy: about a minute
-    python curriculum.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us, see README
-    torchrun --nproc_per_node 4 curriculum.py ...       the same run on several GPUs
+    python curriculum.py                                        CPU, the embedded toy: about a minute
+    python curriculum.py --recipe recipes/qwen3-curriculum.txt  Qwen3-0.6B <- 4B on one GPU; not run by us, see README
+    torchrun --nproc_per_node 4 curriculum.py ...               the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -97,15 +96,14 @@ def ladder_of(args):
 
 
 def main(args: Args):
-    # (1) Data, models, optimizer. What is wrong with arguments or data is said before models load; a run that was
-    # stopped continues where it was.
+    # (1) As in the siblings, and the ladder.
     ladder = ladder_of(args)
     stage_ends = [args.steps * (m + 1) // len(ladder) for m in range(len(ladder))]  # after which steps H_m is measured
     run = open_run(args, evaluate)
     held_out = run.hold_out(args.held_out)
     student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    run.memory = {"stage": 0, "history": [], "closed": False}  # survives a kill
+    run.memory = {"stage": 0, "closed": False}  # survives a kill
     run.resume(student, optimizer)
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
     if args.prefixes == "teacher":
@@ -152,8 +150,7 @@ def main(args: Args):
             h, gate_flops = mean_entropy(student, held_out, run.vocab, length, args.eval_batch_size)  # H_m
             run.flops += gate_flops
             gate = {"gate_entropy": h, "gate_open": h >= args.h_min}
-            state["history"].append({"step": step, "length": length, "gate_entropy": h, "open": h >= args.h_min})
-            if h >= args.h_min:  # stable: this is now the checkpoint to fall back on
+            if gate["gate_open"]:  # stable: this is now the checkpoint to fall back on
                 run.save_state("stable")
                 state["stage"] = min(state["stage"] + 1, len(ladder) - 1)
             else:

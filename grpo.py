@@ -14,7 +14,6 @@ What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
   response's tokens count alike, whatever its length.
 - One update per batch of rollouts by default. Then ρ = 1 and clipping does nothing; --updates_per_step k makes k passes
   over the same rollouts, and `clipped_fraction` says how many tokens the clip silenced.
-- A group in which all answers are worth the same has A = 0, and no gradient.
 
 Run it.
     python grpo.py                                                   CPU, the embedded toy's untrained student

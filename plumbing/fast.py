@@ -4,8 +4,6 @@ Read common.py first. Nothing here is needed to understand it: a token loss coul
 and sampling could read every prefix anew.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

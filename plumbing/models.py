@@ -1,7 +1,5 @@
 """Checkpoints: what can be known without weights is checked first; models are loaded in the precision asked for."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

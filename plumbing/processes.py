@@ -1,7 +1,5 @@
 """One process or several (torchrun, FSDP2): all that is below works the same in both."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import os

@@ -4,8 +4,6 @@ A Run is a record of what belongs together, and does what comes between two upda
 the method: nothing here knows one.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib

@@ -1,7 +1,5 @@
 """Questions and answers: dataset formats, prompts and grading. No model is touched here."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

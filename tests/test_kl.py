@@ -12,7 +12,7 @@ from decimal import Context, Decimal, localcontext
 import pytest
 import torch
 
-from common import as_one_end, draw, entropy, forward_kl, mixed_kl, pass_at_k, reverse_kl
+from common import as_one_end, draw, entropy, forward_kl, kl_by_definition, mixed_kl, pass_at_k, reverse_kl
 
 INF = math.inf
 LAMBDAS = [0.0, 0.5, 1.0]
@@ -75,6 +75,17 @@ def test_teacher_90_10_student_60_40(kl, value, slope):
     got, grad = value_and_grad(kl, student, teacher)
     assert got.item() == pytest.approx(value, abs=1e-6)
     assert grad.tolist() == pytest.approx([-slope, slope], abs=1e-6)
+
+
+def test_both_are_the_kl_that_one_writes_first_and_its_gradient_by_autograd():
+    """KL(a‖b) = Σ_y a(y) (log a(y) − log b(y)); forward KL is KL(teacher‖student), reverse KL is KL(student‖teacher)."""
+    student, teacher = random_logits(4, 6, seed=1), random_logits(4, 6, seed=2)
+    forward = value_and_grad(lambda s: kl_by_definition(teacher, s), student)
+    reverse = value_and_grad(lambda s: kl_by_definition(s, teacher), student)
+    for kl, expected in ((forward_kl, forward), (reverse_kl, reverse)):
+        for got, want in zip(value_and_grad(kl, student, teacher), expected):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert (forward[0] - reverse[0]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.25, 1.0])
