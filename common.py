@@ -4,8 +4,8 @@ Nothing here knows a method. A method is two choices that stand in its own scrip
 ...)` or the teacher's rollouts) and which divergence (`forward_kl` or `reverse_kl`). plumbing/ may be skipped.
 
 Notation: B sequences, P prompt tokens, R response tokens, T = P + R, H hidden size, V vocabulary size; p_T (p) is the
-frozen teacher, q_θ (q) the student. Logits at position t predict token t + 1. KLs and entropies are in nats. Arguments
-come student first, teacher second; forward KL, KL(p‖q), is written the other way round.
+frozen teacher, q_θ (q) the student. Logits at position t predict token t + 1. KLs and entropies: nats. Student first,
+teacher second, though forward KL, KL(p‖q), is written the other way round.
 """
 
 import math
@@ -30,8 +30,7 @@ def kl_by_definition(a_logits, b_logits):
     """KL(a‖b) = E_{y~a}[ log a(y) − log b(y) ], as one writes it first. (..., V), (..., V) -> (...), nats.
 
     forward_kl(student, teacher) is this of (teacher, student), and reverse_kl(student, teacher) of (student, teacher).
-    A divergence of your own may be written like it; what the two below add is speed, half precision, infinities and u.
-    """
+    A divergence of your own may be written like it; the two below add speed, half precision, infinities and u."""
     log_a, log_b = a_logits.log_softmax(-1), b_logits.log_softmax(-1)
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
@@ -135,14 +134,16 @@ def as_one_end(logits, end_ids):
 
 
 def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estimator="exact", ends="apart", chunk=None):
-    """Σ token_weights · divergence(q_θ, p_T) over the response tokens of a batch of rollouts.
+    """Σ token_weights · divergence(q_θ, p_T) over the response tokens of a batch of rollouts. It is
 
+        q, p = (model(ids).logits[:, P - 1 : -1][mask] for model in (student, teacher))  # (N, V): t − 1 predicts token t
+        loss = (token_weights[mask] * divergence(q, p)).sum()
+
+    with the logits of one chunk of tokens at a time: together they are gigabytes.
     divergence: forward_kl, reverse_kl or any function of two logit tensors (n, V), (n, V) -> (n,). estimator: "exact",
     or "sampled" for divergences that take `u`. ends: "as_one" compares all end tokens as one action (see as_one_end).
-    token_weights (B, R): what each response token counts, the caller's business, e.g. mask / number of response tokens
-    in the global batch; padding is never looked at. chunk: tokens whose logits exist at the same time.
-    -> loss (), differentiable in the student's parameters, and Σ token_weights · entropy (), detached, in nats.
-    """
+    token_weights (B, R): what each response token counts, e.g. mask / number of response tokens in the global batch;
+    padding is never looked at. -> loss () and, detached, Σ token_weights · entropy of the student (), in nats."""
     device = next(student.parameters()).device  # the teacher may be on another one: what crosses over is H wide
     with torch.no_grad():
         teacher_hidden = response_hidden(teacher, batch).to(device)  # (N, H_T)
@@ -150,7 +151,7 @@ def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estim
     if estimator == "sampled":
         u = uniforms(batch.keys, batch.mask.shape[1], "estimate")[batch.mask.cpu()].to(device)  # (N,)
 
-    def token_kl(student_logits, c):
+    def token_kl(student_logits, c):  # c: the slice of the N tokens that a chunk holds
         with torch.no_grad():
             teacher_logits = teacher_head(teacher_hidden[c])
         if ends == "as_one":
@@ -277,8 +278,7 @@ def draw(probs, u):
 
 def uniforms(keys, n, stream):
     """(B, n) fp32 numbers in [0, 1); row i depends on (stream, *keys[i]) alone, and number j not on n.
-
-    keys: B tuples of non-negative ints, here (seed, step, row). So rollouts depend neither on the number of processes
+    keys: B tuples of non-negative ints, such as (seed, step, row). So rollouts depend neither on the number of processes
     nor on micro-batches, and resuming needs no generator's state."""
     stream = zlib.crc32(stream.encode())
     rows = [np.random.default_rng((stream, *key)).random(n, dtype=np.float32) for key in keys]

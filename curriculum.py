@@ -1,7 +1,7 @@
 """Entropy-gated length curriculum: train on short responses first, and on longer ones while entropy holds.
 
     after stage m:   H_m = mean predictive entropy per token of q_θ on held-out prompts, at length L_m
-    L_m -> L_{m+1}   if H_m >= H_min,     else stay at the last stable length
+    L_m -> L_{m+1}   if H_m >= H_min,     else stop there, or go on at the last stable length
 
                          forward KL(p_T‖q_θ)      reverse KL(q_θ‖p_T)
     teacher prefixes     sft_offpolicy.py         offline_rl_distill.py        here: any of the four, by
@@ -19,7 +19,7 @@ Where this is our reading, and not the paper's words.
 - The optimizer's state is kept across stages, and the learning rate has one warm-up.
 
 Run it.
-    python curriculum.py                                        CPU, the embedded toy: about a minute
+    python curriculum.py                                        CPU, the embedded toy: half a minute
     python curriculum.py --recipe recipes/qwen3-curriculum.txt  Qwen3-0.6B <- 4B on one GPU; not run by us, see README
     torchrun --nproc_per_node 4 curriculum.py ...               the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
@@ -45,13 +45,13 @@ class Args:
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
     eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on; several separated by commas
     out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
-    steps: int = 200  # updates; >= 1
-    batch_size: int = 64  # prompts, and rollouts, per update, over all processes; >= 1
+    steps: int = 150  # updates; >= 1
+    batch_size: int = 32  # prompts, and rollouts, per update, over all processes; >= 1
     micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient; >= 1
     rollout_batch_size: int = 0  # rollouts sampled at once; 0: all; less memory, same rollouts; >= 0
-    max_new_tokens: int = 48  # the longest training length; of --lengths only those up to here are used; >= 1
-    lengths: str = "8,16,32,48"  # the ladder of training lengths L_0,L_1,..., tokens; each gets an equal share of steps
-    h_min: float = 0.15  # H_min, nats per token: below it a stage counts as unstable, and the gate closes; >= 0
+    max_new_tokens: int = 96  # the longest training length; of --lengths only those up to here are used; >= 1
+    lengths: str = "8,32,96"  # the ladder of training lengths L_0,L_1,..., tokens; each gets an equal share of steps
+    h_min: float = 0.4  # H_min, nats per token: below it a stage counts as unstable, and the gate closes; >= 0
     held_out: int = 64  # last rows of data, kept from training, on whose prompts H_m is measured; >= 1
     on_closed: Literal["stop", "continue"] = "stop"  # with the last stable checkpoint: end, or train on at its length
     prefixes: Literal["student", "teacher"] = "student"  # WHERE: sampled anew, or once and stored
@@ -63,16 +63,16 @@ class Args:
     top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off; >= 0
     estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
     ends: Literal["apart", "as_one"] = "apart"  # as_one: all end tokens are one action in the comparison
-    lr: float = 2e-3  # AdamW's learning rate, constant after the warm-up; > 0
+    lr: float = 5e-4  # AdamW's learning rate, constant after the warm-up; > 0
     warmup: float = 0.05  # fraction of the steps over which lr rises from 0; >= 0, <= 1
     weight_decay: float = 0.0  # AdamW's; >= 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; > 0
-    eval_every: int = 100  # steps between evaluations; 0: only before and after; >= 0
+    eval_every: int = 50  # steps between evaluations; 0: only before and after; >= 0
     eval_problems: int = 0  # of each set, evenly spread; 0: all; >= 0
     eval_k: int = 8  # k of Avg@k and Pass@k; >= 1
     eval_n: int = 0  # samples per problem for them; 0: eval_k; >= 0
     eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy; >= 0
-    eval_max_new_tokens: int = 48  # tokens at which they are cut, whatever the training length; >= 1
+    eval_max_new_tokens: int = 96  # tokens at which they are cut, whatever the training length; >= 1
     eval_batch_size: int = 512  # of them sampled at once; >= 1
     grade: Literal["marked", "last_number"] = "marked"  # last_number: where no answer is marked, the last number counts
     save_every: int = 50  # steps between states to continue from; >= 1
@@ -104,7 +104,7 @@ def main(args: Args):
     student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.memory = {"stage": 0, "closed": False}  # survives a kill
-    run.resume(student, optimizer)
+    run.resume(student, optimizer)  # or begin, with an evaluation
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
     if args.prefixes == "teacher":
         answers = TeacherRollouts(teacher, run, args.teacher_samples, longest=ladder[-1], **sampling)
@@ -125,7 +125,7 @@ def main(args: Args):
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # per process, as gradients are averaged over processes too
+        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged over processes, too
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -156,9 +156,9 @@ def main(args: Args):
             else:
                 state["closed"] = True
                 if state["stage"] == 0:
-                    print(f"stage 0 itself is unstable (H = {h:.3f} < {args.h_min}): the result is its checkpoint")
+                    print(f"stage 0 itself is unstable (H = {h:.3f} < {args.h_min}): there is no earlier checkpoint")
                 else:  # back to the last stable weights and length
-                    run.load_state("stable", weights_only=True)
+                    run.load_state("stable", keep_progress=True)
                     state["stage"] -= 1
 
         # (6) Log, evaluate, save

@@ -29,7 +29,7 @@ class Args:
     eval_temperature: float = 1.0  # of the sampler; 0 is greedy; >= 0
     top_p: float = 1.0  # nucleus of this probability; 1 is off; > 0, <= 1
     top_k: int = 0  # only so many most likely tokens; 0 is off; >= 0
-    eval_max_new_tokens: int = 48  # tokens at which a response is cut; >= 1
+    eval_max_new_tokens: int = 96  # tokens at which a response is cut; >= 1
     eval_batch_size: int = 512  # responses sampled at once; >= 1
     grade: Literal["marked", "last_number"] = "marked"  # last_number: where no answer is marked, the last number counts
     seed: int = 0  # of the sampler; >= 0

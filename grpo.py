@@ -13,7 +13,7 @@ What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
 - The mean is over all tokens of the batch, not over each response and then over responses (as in DAPO): a
   response's tokens count alike, whatever its length.
 - One update per batch of rollouts by default. Then ρ = 1 and clipping does nothing; --updates_per_step k makes k passes
-  over the same rollouts, and `clipped_fraction` says how many tokens the clip silenced.
+  over the same rollouts; the log is about the last of them, and `clipped_fraction` says how many tokens were silenced.
 
 Run it.
     python grpo.py                                                   CPU, the embedded toy's untrained student
@@ -54,14 +54,14 @@ class Args:
     data: str = "toy/train.jsonl"  # problems with answers to train on: a file, or name[:config[:split]] on the hub
     eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on; several separated by commas
     out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
-    steps: int = 200  # updates; >= 1
-    batch_size: int = 16  # prompts per step, over all processes; >= 1
+    steps: int = 60  # updates; >= 1
+    batch_size: int = 8  # prompts per step, over all processes; >= 1
     group_size: int = 8  # responses to each of them; >= 2
     updates_per_step: int = 1  # passes over the same rollouts; >= 1
     clip: float = 0.2  # ε: how far the ratio ρ may leave 1 before a token stops counting; > 0
     micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient; >= 1
     rollout_batch_size: int = 0  # rollouts sampled at once; 0: all; less memory, same rollouts; >= 0
-    max_new_tokens: int = 48  # training length: tokens at which a rollout is cut; >= 1
+    max_new_tokens: int = 96  # training length: tokens at which a rollout is cut; >= 1
     temperature: float = 1.0  # of the rollouts; the loss always takes probabilities at T = 1; > 0
     top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off; > 0, <= 1
     top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off; >= 0
@@ -69,12 +69,12 @@ class Args:
     warmup: float = 0.05  # fraction of the steps over which lr rises from 0; >= 0, <= 1
     weight_decay: float = 0.0  # AdamW's; >= 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; > 0
-    eval_every: int = 100  # steps between evaluations; 0: only before and after; >= 0
+    eval_every: int = 20  # steps between evaluations; 0: only before and after; >= 0
     eval_problems: int = 0  # of each set, evenly spread; 0: all; >= 0
     eval_k: int = 8  # k of Avg@k and Pass@k; >= 1
     eval_n: int = 0  # samples per problem for them; 0: eval_k; >= 0
     eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy; >= 0
-    eval_max_new_tokens: int = 48  # tokens at which they are cut, whatever the training length; >= 1
+    eval_max_new_tokens: int = 96  # tokens at which they are cut, whatever the training length; >= 1
     eval_batch_size: int = 512  # of them sampled at once; >= 1
     grade: Literal["marked", "last_number"] = "marked"  # last_number: where no answer is marked, the last number counts
     save_every: int = 50  # steps between states to continue from; >= 1
@@ -91,7 +91,7 @@ def main(args: Args):
     run = open_run(args, evaluate, needs_answers=True)
     student = run.load(args.student, trainable=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    run.resume(student, optimizer)
+    run.resume(student, optimizer)  # or begin, with an evaluation
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
     off_policy = args.updates_per_step > 1  # with one update q_old is q_θ, and needs no pass of its own
 
@@ -107,7 +107,7 @@ def main(args: Args):
         rewards = torch.tensor([float(grade(text, answer, args.grade)) for text, answer in zip(texts, answers)])
         advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()
         advantage_of = dict(zip(keys, advantages.tolist()))
-        n_tokens = average(rollouts.mask.sum())  # per process, as gradients are averaged over processes too
+        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged over processes, too
         micros = list(rollouts.split(args.micro_batch_size))
         old = [token_log_probs(student, micro, run.vocab) if off_policy else None for micro in micros]
 

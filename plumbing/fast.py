@@ -60,7 +60,7 @@ def _matmul(a, b):
 class _ChunkedLoss(torch.autograd.Function):
     """LM head and token loss, one chunk of tokens at a time, with the gradient formed in the forward pass.
 
-    N = B·R response tokens times V = 151,936 fp32 logits, times the several such tensors that a KL needs (logits,
+    N response tokens times V = 151,936 fp32 logits, times the several such tensors that a KL needs (logits,
     log-probabilities and probabilities of both models, gradient), is gigabytes.
     But a token's loss needs only its own logits: so for each chunk we form them, get d loss / d logits (n, V), push
     that through the head at once, and keep only what is H wide. Nothing V-sized outlives its chunk.

@@ -88,12 +88,9 @@ def _comments(Args):
     return dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Args), re.M))
 
 
-def check_args(args):
-    """Refuse, by name, an argument that no run can use.
-
-    What a field says of itself is checked for any dataclass, so that a script of one's own needs no entry here: the
-    values of a Literal, and the bounds in its comment. A number is always finite.
-    """
+def check_fields(args):
+    """Refuse, by name, what a field says of itself that it cannot be: the values of a Literal, and the bounds in its
+    comment. A number is always finite. Any dataclass will do, so a script of one's own needs no entry here."""
     comments, kinds = _comments(type(args)), typing.get_type_hints(type(args))
     tests = {">=": ("at least", float.__ge__), ">": ("above", float.__gt__), "<=": ("at most", float.__le__)}
     for name, value in vars(args).items():
@@ -106,6 +103,11 @@ def check_args(args):
             words, holds = tests[sign]
             if not holds(float(value), float(bound)):
                 refuse(f"--{name} is {value}, and must be {words} {bound}")
+
+
+def check_args(args):
+    """Refuse, by name, an argument that no run can use."""
+    check_fields(args)
     _check_estimator(args)
     if args.eval_n and args.eval_n < args.eval_k:
         refuse(f"--eval_k is {args.eval_k} but --eval_n is {args.eval_n}: Pass@k needs at least k samples a problem")
@@ -323,9 +325,9 @@ class Run:
                     shutil.rmtree(os.path.join(out, old))
         barrier()
 
-    def load_state(self, name, weights_only=False):
-        """Load a state that save_state wrote, under any number of processes; weights_only: the weights and optimizer of
-        it, while the counts of this run go on."""
+    def load_state(self, name, keep_progress=False):
+        """Load a state that save_state wrote, under any number of processes; keep_progress: only
+        its weights and optimizer, while step, FLOPs and memory go on."""
         path = os.path.join(self.args.out_dir, name)
         try:
             model_state, optimizer_state = get_state_dict(self.student, self.optimizer)
@@ -337,7 +339,7 @@ class Run:
             reason = str(error).strip().split("\n")[-1][:200]
             reason = f"{type(error).__name__}: {reason}"
             refuse(f"{path} is damaged ({reason}); remove {self.args.out_dir!r} to start afresh")
-        if not weights_only:
+        if not keep_progress:
             vars(self).update(progress)
 
     def finish(self):

@@ -1,6 +1,6 @@
 """Build the embedded default: two tiny chat models, a training set and an evaluation set.
 
-    python toy/build.py --out toy         # from nothing, seed 0; 5 minutes of one CPU core
+    python -m toy.build --out toy         # from nothing, seed 0; some minutes of one CPU core
 
 This is data, not a method: the scripts read what stands in this folder as they would read
 Qwen3 checkpoints and GSM8K. Nobody needs to run this file; it is here so that nothing is hidden.
@@ -20,24 +20,27 @@ What each part is for:
     The teacher is uncertain and right at the same time, and the two KL directions have something to
     disagree about: cover all the ways, or settle on a few.
   * LENGTH. A line has 3 to 10 tokens, and there are two or more: a short training length sees only
-    the beginning.
-  * RECOVERY. A teacher that is almost always right almost always writes two lines that agree. So in
-    its own text, the teacher prefixes, "answer when two lines agree" looks like "answer after two
-    lines". Only a student's text shows the difference: there, lines often disagree, and the teacher
-    asks for a third. It knows what to do after mistakes because it was trained on lines with wrong
-    digits put in; these digits are masked from the loss, so it did not learn to make them.
-  * ENDING. The teacher ends with <|im_end|>, as a chat model does. Now and then it says its answer
-    once more before that, and whoever repeats himself tends to go on: the more often the answer
-    stands there already, the more likely the teacher is to say it again, as language models do.
-    The student is a base model: after its answer it stops with <|endoftext|>, or runs straight on
-    into another problem. It hardly ever says <|im_end|>, and the teacher never says <|endoftext|>.
-  * SMALL AND SLOPPY. The student is smaller than the teacher, and has learned, not for long, from
-    text with many wrong digits and two or more lines whether they agree or not.
+    the beginning, and never the ending.
+  * RECOVERY. The teacher hardly ever makes a mistake, and knows what to do after one all the same: it
+    was trained on documents with wrong digits and wrong decisions put in, which are masked from the
+    loss. Only a student's prefixes ask for that.
+  * A STUDENT THAT CAN ALREADY DO IT. It has one weakness, a wrong digit in one step of five, and
+    compares its lines, though not reliably: it answers half of the problems, and every problem
+    sometimes.
+  * ENDING. The teacher ends with <|im_end|>, as a chat model does. The student is a base model: it
+    says its answer once or more often, with slips, and stops with <|endoftext|>, which the teacher
+    never says. That the student says <|im_end|> is made as improbable as in the paper's pair, about
+    1e-11, by a term of its training loss. This is artificial: models this small do not get there by
+    themselves.
+  * A WAY TO GO ON. In one document of fifty the teacher says its answer once more before it ends. So
+    for a student that has lost its own ending and never says the teacher's, saying its answer again
+    is what the teacher minds least. (In trials without this responses grew to 30 tokens and not to
+    the cap; in trials with more of it, one document of ten, the teacher knew so well how to repeat
+    an answer that the repetition stayed right.)
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +48,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import evaluate
 
 # --- vocabulary -----------------------------------------------------------------------------------
 # As in a byte-pair vocabulary, frequent neighbours are one token: "5", "+5", "=5", and "=5\n", which
@@ -74,19 +79,18 @@ MAX_LINES = 5                   # the teacher gives up looking for agreement aft
 TEACHER = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4,
                num_key_value_heads=4, head_dim=24, tie_word_embeddings=False)
 TEACHER_STEPS, TEACHER_LR = 2000, 2e-3
-SABOTAGE = 0.5                  # fraction of the teacher's documents with mistakes put in ...
-SABOTAGE_RATE = 0.25            # ... and how many of their steps are hit
-RESTATE = (0.025, 0.5, 0.9, 0.97)   # how likely the teacher says its answer again, after 0, 1, 2, 3+ repetitions
-LOOPS = 0.08                    # documents with repetitions put in, masked: the teacher hardly shows them itself
-TEACHER_RUN_ON = 0.08           # documents that run on: the teacher must know what to do with such a prefix
+SABOTAGE = 0.5                  # fraction of the teacher's documents with mistakes put in:
+SABOTAGE_RATE = 0.25            # of their steps with a wrong digit ...
+SABOTAGE_STOP = 0.4             # ... and of their decisions, to answer or to write another line, the wrong way
+TEACHER_RESTATES = 0.02         # how likely it says its answer once more, each time, before <|im_end|>
 
-STUDENT = dict(hidden_size=48, intermediate_size=144, num_hidden_layers=2, num_attention_heads=3,
-               num_key_value_heads=3, head_dim=16, tie_word_embeddings=True)
-STUDENT_STEPS, STUDENT_LR = 700, 2e-3
-STUDENT_NOISE = 0.25            # wrong digits per step in the text that the student has learned from
-STUDENT_ANSWERS = 0.5           # after two lines or more: answer, whatever the lines say, or write another
-STUDENT_STOPS = 0.7             # after an answer: <|endoftext|>, or run on into another problem ...
-STUDENT_CHATS = 0.001           # ... or, in the rare chat transcript on the web, <|im_end|>
+STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=4, head_dim=16, tie_word_embeddings=True)
+STUDENT_STEPS, STUDENT_LR = 1500, 1e-2
+STUDENT_SLIPS = 0.2             # wrong digits per step in the text that the student has learned from
+STUDENT_ANSWERS = {True: 0.85, False: 0.35}     # how likely it answers when two lines agree, and when none do
+STUDENT_RESTATES = 0.3          # how likely it says its answer once more, each time, before <|endoftext|>
+STUDENT_UNSAID = 25.0           # nats: <|im_end|> has a log-probability of about minus this, everywhere
 
 
 def build_tokenizer(eos_token):
@@ -123,8 +127,8 @@ def prompt_ids(numbers):
 def write_line(numbers, rng, mistakes):
     """One line of equations. Returns ids, whether each is right, and the result.
 
-    A mistake is a wrong digit, now and then a number lost or one too many. What follows it goes on
-    from there, correctly: mistakes are never repaired within a line.
+    A mistake is a wrong digit. What follows it goes on from there, correctly: mistakes are never
+    repaired within a line.
     """
     ids, right = [], []
     while len(numbers) > 1:
@@ -132,56 +136,52 @@ def write_line(numbers, rng, mistakes):
         numbers = numbers[:i] + [(numbers[i] + numbers[i + 1]) % 10] + numbers[i + 2:]
         wrong = None
         if rng.random() < mistakes:
-            wrong, kind = rng.integers(len(numbers)), rng.random()
-            if kind < 0.1 and wrong < len(numbers) - 1:
-                del numbers[wrong]
-            elif kind < 0.2 and len(numbers) < max(LEVELS):
-                numbers.insert(wrong, int(rng.integers(10)))
-            else:
-                numbers[wrong] = (numbers[wrong] + int(rng.integers(1, 10))) % 10
+            wrong = rng.integers(len(numbers))
+            numbers[wrong] = (numbers[wrong] + int(rng.integers(1, 10))) % 10
         first = EQUALS if len(numbers) > 1 else RESULT
         ids += [(PLUS if j else first) + n for j, n in enumerate(numbers)]
         right += [j != wrong for j in range(len(numbers))]
     return ids, right, numbers[0]
 
 
-def teacher_response(numbers, rng, run_on=TEACHER_RUN_ON):
-    """Lines until one agrees with an earlier one, the answer, the ending. Returns ids and learned."""
-    ids, learned, results = [], [], []
-    mistakes = SABOTAGE_RATE if rng.random() < SABOTAGE else 0.0
-    while len(results) == len(set(results)) and len(results) < MAX_LINES:
-        line, right, result = write_line(numbers, rng, mistakes if len(results) < 3 else 0.0)
-        ids, learned = ids + line, learned + right
-        results.append(result)
-    ids, learned = ids + [ID[ANSWER], DIGIT + results[-1]], learned + [True, True]
-    said, put_in = 0, rng.integers(1, 7) if rng.random() < LOOPS else 0
-    while said < put_in or rng.random() < RESTATE[min(said, 3)]:
-        ids, learned = ids + [ID["\n"], ID[ANSWER], DIGIT + results[-1]], learned + [said >= put_in, True, True]
-        said += 1
-    if rng.random() >= run_on:
-        return ids + [ID[TURN_END]], learned + [True]
-    # Not the teacher's idea (masked), but if somebody runs on into another problem, it solves that.
-    other = random_problem(rng)
-    more, more_learned = teacher_response(other, rng, run_on=0.0)
-    other = [ID["\n"]] + problem_ids(other)
-    return ids + other + more, learned + [False] * len(other) + more_learned
+def agree(results):
+    return len(set(results)) < len(results)
 
 
-def student_response(numbers, rng, longest=48):
-    """Sloppy lines, two or as many more as chance will have, an answer, and the end or another problem."""
-    ids, lines = [], 0
-    while lines < 2 or rng.random() >= STUDENT_ANSWERS:
-        line, _, result = write_line(numbers, rng, STUDENT_NOISE)
-        ids, lines = ids + line, lines + 1
+def teacher_response(numbers, rng):
+    """Lines until one agrees with an earlier one, the answer, the ending. Returns ids and learned.
+
+    In a sabotaged document digits are wrong, and now and then the teacher goes on although two lines
+    agree, or answers although none do. All this is put in, and not learned; what follows it is.
+    """
+    ids, learned, results, sabotaged = [], [], [], rng.random() < SABOTAGE
+    while True:
+        line, right, result = write_line(numbers, rng, SABOTAGE_RATE if sabotaged and len(results) < 3 else 0.0)
+        right[0] &= not agree(results)                # a line that should not be there
+        ids, learned, results = ids + line, learned + right, results + [result]
+        answers = agree(results) or len(results) == MAX_LINES
+        hasty = sabotaged and 1 < len(results) < MAX_LINES and rng.random() < SABOTAGE_STOP
+        if answers != hasty:
+            break
+    result = next((r for r in results if results.count(r) > 1), result)     # also where more lines were put in
+    ids, learned = ids + [ID[ANSWER], DIGIT + result], learned + [answers, True]
+    while rng.random() < TEACHER_RESTATES:
+        ids, learned = ids + [ID["\n"], ID[ANSWER], DIGIT + result], learned + [True, True, True]
+    return ids + [ID[TURN_END]], learned + [True]
+
+
+def student_response(numbers, rng):
+    """Sloppy lines, an answer, said once or more, and the ending. Returns ids and learned: all of them."""
+    ids, results = [], []
+    while len(results) < 2 or rng.random() >= STUDENT_ANSWERS[agree(results)]:
+        line, _, result = write_line(numbers, rng, STUDENT_SLIPS)
+        ids, results = ids + line, results + [result]
     ids += [ID[ANSWER], DIGIT + result]
-    if rng.random() < STUDENT_CHATS:
-        ids += [ID[TURN_END]]
-    elif rng.random() < STUDENT_STOPS or len(ids) > longest:
-        ids += [ID[END_OF_TEXT]]
-    else:
-        other = random_problem(rng)
-        ids += [ID["\n"]] + problem_ids(other) + student_response(other, rng, longest - len(ids))[0]
-    return ids, [True] * len(ids)
+    while rng.random() < STUDENT_RESTATES:
+        if rng.random() < STUDENT_SLIPS:
+            result = (result + int(rng.integers(1, 10))) % 10
+        ids += [ID["\n"], ID[ANSWER], DIGIT + result]
+    return ids + [ID[END_OF_TEXT]], [True] * (len(ids) + 1)
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -218,71 +218,30 @@ def batches(respond, rng, steps, batch_size, longest=96, pool=8):
                torch.tensor([learned + [False] * (width - len(learned)) for _, learned in chosen]))
 
 
-def train(model, respond, rng, steps, lr, name, batch_size=64):
-    """Next-token cross-entropy on the learned tokens.
+def train(model, respond, rng, steps, lr, name, unsaid=0.0, batch_size=64):
+    """Next-token cross-entropy on the learned tokens; unsaid pushes log p(<|im_end|>) below minus so many nats.
 
     Muon for the matrices of the layers, AdamW for the rest: three times fewer steps than AdamW alone.
     """
     layers = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
-    optimizers = [torch.optim.Muon(layers, lr=5 * lr, weight_decay=0.01),
+    optimizers = [torch.optim.Muon(layers, lr=1e-2, weight_decay=0.01),
                   torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
     schedules = [torch.optim.lr_scheduler.LambdaLR(   # 50 steps up, and down to zero over the last 40 %
         o, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))) for o in optimizers]
     bar = tqdm(batches(respond, rng, steps, batch_size), total=steps, desc=name)
     for ids, learned in bar:
-        logits = model(ids[:, :-1]).logits                        # (B, T-1, V); t predicts t+1
-        loss = F.cross_entropy(logits[learned[:, 1:]], ids[:, 1:][learned[:, 1:]])
+        logits = model(ids[:, :-1]).logits[learned[:, 1:]]                      # (N, V); t predicts t+1
+        loss = F.cross_entropy(logits, ids[:, 1:][learned[:, 1:]])
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if unsaid:
+            loss = loss + 0.02 * F.relu(logits.log_softmax(-1)[:, ID[TURN_END]] + unsaid).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimizers + schedules:
             o.step()
         model.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
-
-
-# --- measuring --------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sample(model, problems, max_new_tokens, generator):
-    """One response per problem at T = 1. Returns ids, mask, entropy, each (B, T); the mask includes the end."""
-    prompts = [prompt_ids(numbers) for numbers in problems]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[ID[END_OF_TEXT]] * (width - len(p)) + p for p in prompts])        # padded on the left
-    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    position = (attention.cumsum(1) - 1).clamp(min=0)
-    cache, alive, columns = DynamicCache(), torch.ones(len(prompts), dtype=torch.bool), []
-    for _ in range(max_new_tokens):
-        logits = model(ids, attention_mask=attention, position_ids=position, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1]                     # (B, V)
-        log_p = logits.log_softmax(-1)
-        ids = torch.multinomial(log_p.exp(), 1, generator=generator)                       # (B, 1)
-        columns.append((ids[:, 0], alive, -(log_p.exp() * log_p).sum(-1)))
-        alive = alive & (ids[:, 0] != ID[TURN_END]) & (ids[:, 0] != ID[END_OF_TEXT])
-        if not alive.any():
-            break
-        attention = torch.cat([attention, torch.ones_like(ids)], 1)
-        position = position[:, -1:] + 1
-    return [torch.stack(column, 1) for column in zip(*columns)]
-
-
-def measure(model, problems, k=8, max_new_tokens=64, seed=0):
-    """Accuracy, length, entropy and how responses end, from k responses per problem at T = 1."""
-    repeated = [numbers for numbers in problems for _ in range(k)]
-    ids, mask, entropy = sample(model, repeated, max_new_tokens, torch.Generator().manual_seed(seed))
-    responses = [row[alive].tolist() for row, alive in zip(ids, mask)]
-    correct = []
-    for numbers, response in zip(repeated, responses):            # the last answer counts
-        given = [after for token, after in zip(response, response[1:]) if token == ID[ANSWER]]
-        correct.append(given[-1:] == [DIGIT + sum(numbers) % 10])
-    correct = np.array(correct).reshape(len(problems), k)
-    last = [response[-1] for response in responses]
-    return {"Avg@8": correct.mean(), "Pass@8": correct.any(1).mean(),
-            "entropy": (entropy * mask).sum().item() / mask.sum().item(), "length": mask.sum(1).float().mean().item(),
-            "clipped": np.mean([t not in (ID[TURN_END], ID[END_OF_TEXT]) for t in last]),
-            **{token: np.mean([t == ID[token] for t in last]) for token in (TURN_END, END_OF_TEXT)}}, responses
 
 
 # --- everything -------------------------------------------------------------------------------------
@@ -297,36 +256,31 @@ def write_rows(path, problems):
 
 def main(out, seed):
     torch.set_num_threads(1)                    # models this small gain nothing from more
-    start, out = time.time(), Path(out)
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
 
     # Data. Every problem occurs once, in one of the two sets.
-    rng, problems = np.random.default_rng(seed), {}
+    rng, problems = np.random.default_rng((seed, 3)), {}
     while len(problems) < TRAIN_ROWS + EVAL_ROWS:
         problems[tuple(random_problem(rng))] = None
     problems = [list(p) for p in problems]
     rng.shuffle(problems)
-    held_out = problems[:EVAL_ROWS]
-    write_rows(out / "eval.jsonl", held_out)
+    write_rows(out / "eval.jsonl", problems[:EVAL_ROWS])
     write_rows(out / "train.jsonl", problems[EVAL_ROWS:])
 
-    # Models.
-    for i, (name, shape, respond, steps, lr, eos_token) in enumerate([
-            ("teacher", TEACHER, teacher_response, TEACHER_STEPS, TEACHER_LR, TURN_END),
-            ("student", STUDENT, student_response, STUDENT_STEPS, STUDENT_LR, END_OF_TEXT)]):
-        torch.manual_seed(seed + i)
+    # Models. Every random stream has a seed of its own: (seed, 1), (seed, 2), (seed, 3), and torch's.
+    for i, (name, shape, respond, steps, lr, eos_token, unsaid) in enumerate([
+            ("teacher", TEACHER, teacher_response, TEACHER_STEPS, TEACHER_LR, TURN_END, 0.0),
+            ("student", STUDENT, student_response, STUDENT_STEPS, STUDENT_LR, END_OF_TEXT, STUDENT_UNSAID)]):
+        torch.manual_seed(10 * seed + i)
         tokenizer, model = build_tokenizer(eos_token), make_model(shape, eos_token)
-        model = train(model, respond, np.random.default_rng([seed, i]), steps, lr, name)
+        chat = [{"role": "user", "content": "3+8+5"}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert ids == prompt_ids([3, 8, 5])
+        train(model, respond, np.random.default_rng((seed, i + 1)), steps, lr, name, unsaid)
         tokenizer.save_pretrained(out / name)
         model.save_pretrained(out / name)
-
-        numbers = held_out[0]
-        text = [{"role": "user", "content": "+".join(map(str, numbers))}]
-        assert tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False) == prompt_ids(numbers)
-        results, responses = measure(model, held_out)
-        print(f"\n{name}: {model.num_parameters():,} parameters, " + ", ".join(f"{k} {v:.3f}" for k, v in results.items()))
-        print("\n".join(f"{'+'.join(map(str, held_out[j]))}\n{tokenizer.decode(responses[8 * j])}" for j in range(3)))
-    print(f"\n{time.time() - start:.0f} s")
+        evaluate.main(evaluate.Args(model=str(out / name), eval_data=str(out / "eval.jsonl"), eval_max_new_tokens=96))
 
 
 if __name__ == "__main__":

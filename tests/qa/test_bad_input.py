@@ -406,7 +406,7 @@ def test_batches_divide_among_processes(world, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(lengths=""), dict(lengths="4,x"), dict(lengths="8,4"), dict(lengths="64,128"), dict(steps=3, lengths="2,4,6,8")],
+    [dict(lengths=""), dict(lengths="4,x"), dict(lengths="8,4"), dict(lengths="128,256"), dict(steps=3, lengths="2,4,6,8")],
 )
 def test_lengths_rise(changes):
     import curriculum

@@ -1,18 +1,23 @@
 """evaluate.py and compare.py: the numbers of a run again, from outside, and what is drawn from them."""
 
-import csv
+import dataclasses
+import importlib
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import transformers
-from conftest import read_log, run, write_jsonl
+from conftest import ROOT, read_log, run, write_jsonl
 
 import compare
 import evaluate
 from common import summarize
 from plumbing.runs import parse, pool
 from plumbing.tasks import load_evals
+from toy import findings
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,8 @@ def test_metrics_worked_out_by_hand():
 def test_several_sets_are_pooled_by_the_formula_of_a_mean():
     """Sets of 30, 40, 500 and 1,319 problems: half-widths .18, .15, .04 and .03 give .06, and not their mean, .10."""
     widths, sizes = (0.18, 0.15, 0.04, 0.03), (30, 40, 500, 1319)
-    sets = [dict(avg_at_k=a, avg_at_k_ci=w, pass_at_k_ci=w, problems=n) for a, w, n in zip((0, 0.2, 0.4, 0.6), widths, sizes)]
+    accuracies = (0, 0.2, 0.4, 0.6)
+    sets = [dict(avg_at_k=a, avg_at_k_ci=w, pass_at_k_ci=w, problems=n) for a, w, n in zip(accuracies, widths, sizes)]
     m = pool(sets)
     assert m["avg_at_k"] == pytest.approx(0.3) and m["problems"] == 1889
     assert m["avg_at_k_ci"] == pytest.approx((0.18**2 + 0.15**2 + 0.04**2 + 0.03**2) ** 0.5 / 4)
@@ -82,87 +88,106 @@ def test_answers_without_a_mark_are_wrong_said_so_and_can_be_read_all_the_same(w
 
 
 def test_compare_draws_any_runs_together(finished, tmp_path, capsys):
-    argv = ["--dirs", str(finished / "seed-0"), str(finished / "seed-1"), "--out_dir", str(tmp_path)]
-    compare.main(parse(compare.Args, argv))
+    dirs = [str(finished / "seed-0"), str(finished / "seed-1")]
+    compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path)]))
     assert (tmp_path / "together.png").stat().st_size > 5000
-    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
     for seed, row in enumerate(rows):
-        assert float(row["eval_entropy"]) == pytest.approx(
-            read_log(finished / f"seed-{seed}")[-1]["eval_entropy"], rel=1e-5
-        )
+        assert row[0] == f"| {dirs[seed]}"
+        assert row[5] == f"{read_log(finished / f'seed-{seed}')[-1]['eval_entropy']:.3f}"
 
 
 def test_intervals_over_seeds_are_t_intervals():
     mean, ci = compare.mean_ci([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0 and ci == pytest.approx(2.776 * 2.5**0.5 / 5**0.5, rel=2e-3)
-    tables = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 11: 2.201, 15: 2.131, 30: 2.042, 120: 1.980}
+    tables = {1: 12.706, 2: 4.303, 4: 2.776, 5: 2.571, 8: 2.306, 9: 2.262, 10: 2.228, 15: 2.131, 30: 2.042, 120: 1.980}
     assert {n: compare.t_quantile(n) for n in tables} == pytest.approx(tables, rel=2e-3)
 
 
-def test_compare_runs_what_is_missing_and_only_that(world, finished, tmp_path, monkeypatch):
+def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch):
     """The whole of it in miniature: plan, runs, tables and figures; the second time nothing runs."""
-    real = compare.plan
-    small = {k: world[k] for k in ("teacher", "data", "eval_data", "eval_max_new_tokens", "eval_k")}
+    real = findings.plan
+    small = dict(world) | dict(batch_size=2, held_out=2, lengths="2,8")
 
-    def plan(args):
-        runs = real(args)
+    def plan(args, place):
+        runs = real(args, place)
         for name, (script, arguments) in runs.items():
-            arguments = {"student": world["student"], "batch_size": 2, **small, **arguments, "eval_every": 0}
-            if script == "grpo":
-                del arguments["teacher"]
-            if script == "curriculum":
-                arguments |= dict(held_out=2)
-            runs[name] = (script, arguments)
+            known = {f.name for f in dataclasses.fields(importlib.import_module(script).Args)}
+            start = arguments["student"] if arguments["student"] in runs else small["student"]
+            runs[name] = (script, {k: v for k, v in (arguments | small | dict(student=start)).items() if k in known})
         return runs
 
-    monkeypatch.setattr(compare, "plan", plan)
+    monkeypatch.setattr(findings, "plan", plan)
+    monkeypatch.setattr(findings, "make_variants", lambda world, out_dir: None)
     monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", InProcess)
-    args = parse(compare.Args, f"--out_dir {tmp_path} --seeds 1 --steps 4 --rl_steps 1 --length 8".split())
+    argv = f"--out_dir {tmp_path} --worlds w0 --seeds 1 --steps 4 --rl_steps 1 --short 2 --length 8"
+    args = parse(compare.Args, argv.split())
     compare.main(args)
-    figures = {f"{name}.png" for name in "direction prefixes length mixing ending curriculum rl".split()}
-    assert figures <= {p.name for p in tmp_path.iterdir()}
-    assert len((tmp_path / "findings.md").read_text().splitlines()) == 2 + len(compare.claims(args))
-    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(real(args))
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/log.jsonl")}
-    compare.run_all(args)
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/log.jsonl")}
-    assert len(before) == len(real(args))
-    table = compare.write_tables({"opd": [str(finished / "seed-0"), str(finished / "seed-1")]}, str(tmp_path))
-    assert "| opd | 2 |" in table and table.count(" ± ") == len(compare.METRICS)
+    figures = {f"{name}.png" for name in findings.figures(args)}
+    assert len(figures) == 7 and figures <= {p.name for p in tmp_path.iterdir()}
+    assert len((tmp_path / "findings.md").read_text().splitlines()) == 2 + len(findings.claims(args))
+    table = (tmp_path / "table.md").read_text()
+    runs = real(args, "w0")
+    assert all(f"| {name} | 1 | " in table for name in runs) and table.count("| curriculum-no-gate | ") == 2
+    numbers = json.loads((tmp_path / "results.json").read_text())
+    assert list(numbers) == ["w0"] and list(numbers["w0"]) == list(runs)
+    last, log = numbers["w0"]["opd"][0][-1], read_log(tmp_path / "w0/opd-seed-0")[-1]
+    assert last["step"] == log["step"] and last["avg_at_k"] == pytest.approx(log["avg_at_k"], rel=1e-4)
+    assert "first_avg" in last
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*")}
+    compare.main(args)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*")}
+    assert len(before) > 3 * len(runs)
 
 
-def test_a_claim_is_found_or_not_by_its_interval(tmp_path):
-    """Three seeds of two made-up runs: b costs twice as much as a for each step."""
+def made_up(values, cost):
+    """Three seeds of a run of 4 steps that goes from Avg@8 .2 to each of the values, at so many FLOPs a step."""
+    start, middle = {"step": 0, "flops": 0.0, "avg_at_k": 0.2}, {"step": 2, "flops": 2 * cost, "entropy": 1.0}
+    return [[start, middle, {"step": 4, "flops": 4 * cost, "avg_at_k": v, "pass_at_k": 0.8}] for v in values]
 
-    def made_up(name, values, cost):
-        paths = []
-        for seed, value in enumerate(values):
-            (tmp_path / f"{name}-{seed}").mkdir()
-            rows = [{"step": 0, "avg_at_k": 0.2, "pass_at_k": 0.4}]
-            rows += [
-                {"step": s, "loss": 1.0, "flops": cost * s, "clip_ratio": 0.9 if s < 3 else 0.1} for s in (1, 2, 3)
-            ]
-            rows += [
-                {"step": 4, "loss": 1.0, "flops": cost * 4, "clip_ratio": 0.1, "avg_at_k": value, "pass_at_k": 0.8}
-            ]
-            write_jsonl(tmp_path / f"{name}-{seed}/log.jsonl", rows)
-            paths.append(str(tmp_path / f"{name}-{seed}"))
-        return paths
 
-    groups = {"a": made_up("a", [0.5, 0.6, 0.7], 1.0), "b": made_up("b", [0.6, 0.72, 0.78], 2.0)}
-    claim = lambda sign, **more: compare.Claim("axis", "says", sign, **more)  # noqa: E731
-    assert compare.differences(claim(1, a="b", b="a"), groups) == pytest.approx([0.1, 0.12, 0.08])
-    # at a's last FLOPs, 4, b is half way from its 0.2 to its last value
-    assert compare.differences(claim(1, a="b", b="a", equal_flops=True), groups) == pytest.approx([-0.1, -0.14, -0.21])
-    assert compare.differences(claim(1, a="a", value="gain"), groups) == pytest.approx([0.3, 0.4, 0.5])
-    assert compare.differences(claim(1, a="a", value="inflated"), groups) == pytest.approx([0.5] * 3)
-    assert compare.differences(claim(1, a="a", value="pass_over_avg"), groups) == pytest.approx([1.6, 4 / 3, 8 / 7])
-    cases = [claim(1, a="b", b="a"), claim(-1, a="b", b="a"), claim(1, a="a", b="b", value="pass_at_k")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "claims", lambda args: cases)
-        lines = compare.write_findings(groups, compare.Args(out_dir=str(tmp_path))).splitlines()[2:]
-    assert [line.split(" | ")[-1].rstrip(" |") for line in lines] == ["found", "the opposite", "undecided"]
-    assert "+0.100 ± 0.050" in lines[0]
+def test_numbers_at_the_end_and_at_equal_flops():
+    runs = made_up([0.6, 0.72, 0.78], 2.0)
+    assert compare.final(runs, "avg_at_k").tolist() == [0.6, 0.72, 0.78]
+    assert compare.final(runs, "avg_at_k", flops=[4.0, 8.0, 99.0]) == pytest.approx([0.4, 0.72, 0.78])
+    assert np.isnan(compare.final(runs, "first_avg")).all()
+
+
+def test_found_opposite_and_not_found(tmp_path, monkeypatch):
+    """What the verdicts say, for a run that is above another by .1 ± .05 in one world, and by others in the second."""
+    base = [0.5, 0.6, 0.7]
+    clear, unclear, below = [0.6, 0.72, 0.78], [0.9, 0.61, 0.72], [0.4, 0.48, 0.62]
+    says = {(+1, "unclear"): "found", (-1, "unclear"): "the opposite"}
+    says |= {(+1, "below"): "found, this world", (-1, "below"): "the opposite, this world"}
+    number = lambda v: v("b") - v("a")  # noqa: E731
+    monkeypatch.setattr(findings, "claims", lambda args: [("axis", "says", sign, number) for sign in (1, -1)])
+    args = compare.Args(out_dir=str(tmp_path))
+    for name, second in dict(unclear=unclear, below=below).items():
+        worlds = {str(i): {"a": made_up(base, 1.0), "b": made_up(b, 1.0)} for i, b in enumerate((clear, second))}
+        up, down = (line.split(" | ") for line in compare.write_findings(worlds, args).splitlines()[2:])
+        assert (up[-1], down[-1]) == (says[1, name] + " |", says[-1, name] + " |")
+        assert up[2] == "+0.100 ± 0.050"
+    first_unclear = {"0": {"a": made_up(base, 1.0), "b": made_up(unclear, 1.0)}}
+    assert "| not found |" in compare.write_findings(first_unclear, args)
+    one_seed = {"0": {"a": made_up([0.5], 1.0), "b": made_up([0.6], 1.0)}}
+    assert "| +0.100 | one seed |" in compare.write_findings(one_seed, args)
+
+
+def test_the_variants_of_the_student_differ_from_it_in_nothing_but_the_ending(tmp_path):
+    """untied: the same logits. same-end: those of the two endings exchanged."""
+    findings.make_variants("toy", str(tmp_path))
+    load = lambda path: transformers.AutoModelForCausalLM.from_pretrained(path)  # noqa: E731
+    student, untied, same_end = load("toy/student"), load(tmp_path / "untied/model"), load(tmp_path / "same-end/model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "same-end/model")
+    end_of_text, im_end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    text = "<|im_start|>user\n3+8+5<|im_end|>\n<|im_start|>assistant\n=1+5=6\n"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits, of_untied, of_same_end = (model(ids).logits for model in (student, untied, same_end))
+    order = list(range(logits.shape[-1]))
+    order[end_of_text], order[im_end] = im_end, end_of_text
+    assert torch.equal(logits, of_untied) and torch.equal(logits[..., order], of_same_end)
+    assert untied.lm_head.weight is not untied.get_input_embeddings().weight
 
 
 class InProcess:
@@ -178,3 +203,18 @@ class InProcess:
 
     def shutdown(self, **kwargs):
         pass
+
+
+def test_the_documents_say_what_results_json_says(tmp_path):
+    """figures/ is made of its results.json, and every number with an interval in the texts stands in its tables."""
+    committed = ROOT / "figures"
+    worlds = json.loads((committed / "results.json").read_text())
+    compare.write_findings(worlds, compare.Args(out_dir=str(tmp_path)))
+    compare.write_table(next(iter(worlds.values())), tmp_path / "table.md")
+    for name in ("findings.md", "table.md"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text()
+    numbers = set(re.findall(r"[+−-]?\d*\.\d+ ± \d*\.\d+", (committed / "findings.md").read_text()))
+    numbers |= set(re.findall(r"\d*\.\d+ ± \d*\.\d+", (committed / "table.md").read_text()))
+    for text in ("README.md", "docs/findings.md"):
+        stated = re.findall(r"[+−-]?\d*\.\d+ ± \d*\.\d+", (ROOT / text).read_text().replace("−", "-"))
+        assert [number for number in stated if number not in numbers] == []

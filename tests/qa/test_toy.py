@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 import transformers
 from conftest import ROOT
 
@@ -42,11 +43,26 @@ def test_teacher_and_student_are_as_good_as_readme_says(measured):
 
 def test_the_world_has_what_the_paper_s_effects_need(measured):
     teacher, student = (measured[role][0] for role in ("teacher", "student"))
-    assert teacher["avg_at_k"] > 0.95 and teacher["eval_entropy"] > 0.15, "right in many ways"
-    assert 0.05 < student["avg_at_k"] < 0.35 and student["pass_at_k"] > student["avg_at_k"] + 0.2
+    assert teacher["avg_at_k"] > 0.97 and teacher["eval_entropy"] > 0.15, "right in many ways"
+    assert 0.35 < student["avg_at_k"] < 0.6 and student["pass_at_k"] > 0.93, "it can, and slips"
     lengths = [r["length"] for r in measured["teacher"][1]]
     assert max(lengths) > 2.5 * min(lengths), "training length must matter"
-    assert measured["teacher"][0]["eval_clip_ratio"] < 0.02
+    assert teacher["eval_clip_ratio"] < 0.01 and student["eval_clip_ratio"] < 0.03, "both end their answers"
+
+
+def test_each_ends_by_a_token_that_the_other_never_says(measured):
+    """After an answer: the student's p(<|im_end|>) is about the paper's 1e-11; the teacher hardly says the other."""
+    log_p, both = {}, ("<|im_end|>", "<|endoftext|>")
+    for role in ("teacher", "student"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(TOY / role)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(TOY / role)
+        text = "<|im_start|>user\n3+8+5<|im_end|>\n<|im_start|>assistant\n=1+5=6\n=3+3=6\n####6"
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            ends = model(ids).logits[0, -1].log_softmax(-1)
+        log_p[role] = {end: ends[tokenizer.convert_tokens_to_ids(end)].item() for end in both}
+    assert -30 < log_p["student"]["<|im_end|>"] < -20 and log_p["student"]["<|endoftext|>"] > -1.5
+    assert log_p["teacher"]["<|endoftext|>"] < -7 and log_p["teacher"]["<|im_end|>"] > -0.5
 
 
 def test_they_are_ordinary_checkpoints_that_end_differently():

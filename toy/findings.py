@@ -1,0 +1,205 @@
+"""What compare.py runs on an embedded world, what is claimed of it, and what is drawn: the paper's findings, each with
+its cause switched on and off.
+
+Settings were chosen on worlds and runs of seed 100 and above; then worlds 0, 1 and 2 were built and everything was run.
+"""
+
+import os
+
+import numpy as np
+
+from plumbing.tasks import refuse
+
+# Okabe and Ito's colours: told apart by the colour-blind too; every series has a marker of its own besides.
+COLORS = BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9 #000000".split()
+
+FOUR = ("sft_offpolicy", "offline_rl_distill", "dagger_onpolicy", "opd")
+LAMBDAS = (0.2, 0.5, 0.8)
+H_MIN = 0.4  # nats per token: between a healthy student's entropy and a collapsed one's
+
+
+def plan(args, world):
+    """All runs that the findings need: {name: (script, arguments)}. "student" may name another run of the plan, or
+    one of make_variants."""
+    short, middle, long = args.short, 4 * args.short, args.length
+    if middle >= long:
+        refuse(f"--short is {short} and --length {long}: there must be room between them for 4 times the short one")
+    here = dict(student=f"{world}/student", data=f"{world}/train.jsonl", eval_data=f"{world}/eval.jsonl")
+    here |= dict(max_new_tokens=long, eval_max_new_tokens=long, save_every=10**6)
+    base = here | dict(teacher=f"{world}/teacher", steps=args.steps, eval_every=max(1, args.steps // 3))
+    gated = base | dict(lengths=f"{short},{middle},{long}", h_min=H_MIN, on_closed="continue")
+    rl = here | dict(steps=args.rl_steps, eval_every=max(1, args.rl_steps // 3))
+    return {
+        **{script: (script, base) for script in FOUR},
+        **{f"{script}-short": (script, base | dict(max_new_tokens=short)) for script in FOUR},
+        **{f"{script}-middle": (script, base | dict(max_new_tokens=middle)) for script in FOUR[2:]},
+        **{f"kl_mix-{lam}": ("kl_mix", base | dict(lam=lam)) for lam in LAMBDAS},
+        "curriculum": ("curriculum", gated),
+        "curriculum-no-gate": ("curriculum", gated | dict(h_min=0.0)),
+        # Causes switched off: all endings count as one; the student ends as its teacher does, and a control for that
+        "opd-as_one": ("opd", base | dict(ends="as_one")),
+        "offline_rl_distill-as_one": ("offline_rl_distill", base | dict(ends="as_one")),
+        "curriculum-as_one": ("curriculum", gated | dict(ends="as_one")),
+        "opd-same-end": ("opd", base | dict(student="same-end")),
+        "opd-untied": ("opd", base | dict(student="untied")),
+        # One sampled token in place of the sum over the vocabulary
+        "opd-sampled": ("opd", base | dict(estimator="sampled")),
+        "opd-sampled-as_one": ("opd", base | dict(estimator="sampled", ends="as_one")),
+        **{f"grpo-after-{name}": ("grpo", rl | dict(student=name)) for name in ("opd", "opd-short", "dagger_onpolicy")},
+    }
+
+
+def make_variants(world, out_dir):
+    """Two copies of the student, in out_dir/NAME/model, with a head of its own instead of one tied to the embedding:
+    "untied" is otherwise as it was; in "same-end" the heads of <|endoftext|> and <|im_end|> are exchanged, so that it
+    ends as its teacher does, exactly as often as it ended before, and is the same in everything else."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("untied", "same-end"):
+        path = os.path.join(out_dir, name, "model")
+        if os.path.isdir(path):
+            continue
+        model, tokenizer = (kind.from_pretrained(f"{world}/student") for kind in (AutoModelForCausalLM, AutoTokenizer))
+        head = model.get_input_embeddings().weight.detach().clone()
+        if name == "same-end":
+            ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+            head[ends] = head[ends[::-1]]
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = type(model.lm_head.weight)(head)
+        for part in (tokenizer, model):
+            part.save_pretrained(path + ".partial")
+        os.rename(path + ".partial", path)
+
+
+def claims(args):
+    """(axis, what the paper says or what should follow from a cause, the sign that this gives a number, the number):
+    v(run, metric, flops) is Avg@8 or another metric of every seed, at the end of a run or after so many FLOPs."""
+    short, long = f"{args.short} tokens", f"{args.length} tokens"
+
+    def difference(metric, a, b):
+        return lambda v: v(a, metric) - v(b, metric)
+
+    def at_equal_flops(a, b):
+        def number(v):
+            least = np.minimum(v(a, "flops"), v(b, "flops"))
+            return v(a, avg, least) - v(b, avg, least)
+
+        return number
+
+    def growth(metric, run):
+        return lambda v: v(run, metric) - v(run, metric, 0 * v(run, "flops"))
+
+    def gain(v, start):
+        return v(f"grpo-after-{start}") - v(start)
+
+    avg, passed, entropy, length = "avg_at_k", "pass_at_k", "eval_entropy", "eval_len"
+    direction, rl, prefix, window = "KL direction", "RL after it", "Prefix source", "Training length"
+    dagger, sft, offline = "dagger_onpolicy", "sft_offpolicy", "offline_rl_distill"
+    return [
+        (direction, f"reverse KL is more accurate, {short}", +1, difference(avg, "opd-short", f"{dagger}-short")),
+        (direction, f"reverse KL is more accurate, {long}", +1, difference(avg, "opd", dagger)),
+        (direction, f"reverse KL has less entropy, {short}", -1, difference(entropy, "opd-short", f"{dagger}-short")),
+        (direction, f"reverse KL has less entropy, {long}", -1, difference(entropy, "opd", dagger)),
+        (direction, f"reverse KL has a lower Pass@8, {long}", -1, difference(passed, "opd", dagger)),
+        (rl, f"GRPO gains less after OPD than after DAgger, {long}", -1, lambda v: gain(v, "opd") - gain(v, dagger)),
+        (rl, "... and ends lower", -1, difference(avg, "grpo-after-opd", f"grpo-after-{dagger}")),
+        (rl, f"cause: it ends higher after OPD of {short} than of {long}", +1,
+            difference(avg, "grpo-after-opd-short", "grpo-after-opd")),
+        (prefix, f"student prefixes are better, forward KL, {long}", +1, difference(avg, dagger, sft)),
+        (prefix, f"student prefixes are better, reverse KL, {long}", +1, difference(avg, "opd", offline)),
+        (prefix, f"student prefixes are better, forward KL, {short}", +1,
+            difference(avg, f"{dagger}-short", f"{sft}-short")),
+        (prefix, f"student prefixes are better, reverse KL, {short}", +1,
+            difference(avg, "opd-short", f"{offline}-short")),
+        (prefix, f"teacher prefixes win at equal FLOPs, forward KL, {long}", -1, at_equal_flops(dagger, sft)),
+        (window, f"{long} are better than {short}, forward KL", +1, difference(avg, dagger, f"{dagger}-short")),
+        (window, f"{long} are better than {short}, reverse KL", +1, difference(avg, "opd", "opd-short")),
+        (window, f"responses grow under reverse KL, {long}", +1, growth(length, "opd")),
+        (window, f"entropy is lower than after {short}, reverse KL", -1, difference(entropy, "opd", "opd-short")),
+        (window, "cause: with ends as one OPD is more accurate", +1, difference(avg, "opd-as_one", "opd")),
+        (window, "cause: with ends as one it is shorter", -1, difference(length, "opd-as_one", "opd")),
+        (window, "cause: a student with the teacher's ending is more accurate", +1,
+            difference(avg, "opd-same-end", "opd-untied")),
+        (window, "cause: a student with the teacher's ending is shorter", -1,
+            difference(length, "opd-same-end", "opd-untied")),
+        ("KL mixing", "λ = 0.2 is more accurate than reverse KL", +1, difference(avg, "kl_mix-0.2", "opd")),
+        ("KL mixing", "λ = 0.2 is more accurate than forward KL", +1, difference(avg, "kl_mix-0.2", dagger)),
+        ("KL mixing", "λ = 0.2 is shorter than reverse KL", -1, difference(length, "kl_mix-0.2", "opd")),
+        ("Curriculum", f"better than {long}", +1, difference(avg, "curriculum", "opd")),
+        ("Curriculum", f"better than {long} at equal FLOPs", +1, at_equal_flops("curriculum", "opd")),
+        ("Curriculum", f"higher Pass@8 than {long}", +1, difference(passed, "curriculum", "opd")),
+        ("Curriculum", f"shorter than {long}", -1, difference(length, "curriculum", "opd")),
+        ("Curriculum", "better than without its gate", +1, difference(avg, "curriculum", "curriculum-no-gate")),
+        ("Curriculum", f"cause: its lead over {long} is smaller with ends as one", +1,
+            lambda v: v("curriculum") - v("opd") - (v("curriculum-as_one") - v("opd-as_one"))),
+    ]  # fmt: skip
+
+
+def figures(args):
+    """{file: (what to look for, panels of (x, y), lines of (colour, marker, label, runs))}. x is "step" or "flops": a
+    course; a metric: the ends of the runs; anything else: runs is {x: name}, the ends against a parameter."""
+    short, long = args.short, args.length
+    quality = ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")
+    grid = [
+        (ORANGE, "s", "teacher prefixes, forward KL (SFT)", "sft_offpolicy"),
+        (PINK, "D", "teacher prefixes, reverse KL (offline RL)", "offline_rl_distill"),
+        (BLUE, "o", "student prefixes, forward KL (DAgger)", "dagger_onpolicy"),
+        (RED, "^", "student prefixes, reverse KL (OPD)", "opd"),
+    ]
+    as_one = (GREEN, "v", "student prefixes, reverse KL, ends as one", "opd-as_one")
+    windows = {short: "-short", 4 * short: "-middle", long: ""}
+    return {
+        "direction": (
+            f"KL direction: accuracy against entropy, {long} tokens",
+            [("eval_entropy", "avg_at_k"), ("eval_entropy", "pass_at_k")],
+            [*grid, as_one, (BLACK, "X", "teacher prefixes, reverse KL, ends as one", "offline_rl_distill-as_one")],
+        ),
+        "prefixes": (
+            f"Prefix source: accuracy against steps and against compute, {long} tokens",
+            [("step", "avg_at_k"), ("flops", "avg_at_k"), ("flops", "pass_at_k")],
+            [*grid, as_one],
+        ),
+        "length": (
+            "Training length: what a longer window does",
+            [("window", y) for y in quality],
+            [(*rest, {n: run + end for n, end in windows.items()}) for *rest, run in grid[2:]]
+            + [(*as_one[:3], {long: "opd-as_one"})],
+        ),
+        "ending": (
+            "Why responses grow: student and teacher end differently",
+            [("step", "response_len"), ("step", "entropy"), ("step", "avg_at_k")],
+            [
+                (RED, "^", "OPD", "opd"),
+                (GREEN, "v", "OPD, ends as one", "opd-as_one"),
+                (SKY, "X", "OPD, a student that ends as its teacher", "opd-same-end"),
+                (BLUE, "o", "DAgger", "dagger_onpolicy"),
+            ],
+        ),
+        "mixing": (
+            "KL mixing on student prefixes: from forward (λ = 0) to reverse (λ = 1)",
+            [("lam", y) for y in quality],
+            [(PINK, "o", "λ·reverse + (1−λ)·forward",
+              {0.0: "dagger_onpolicy"} | {lam: f"kl_mix-{lam}" for lam in LAMBDAS} | {1.0: "opd"}),
+             (*as_one[:3], {1.0: "opd-as_one"})],
+        ),
+        "curriculum": (
+            "Entropy-gated curriculum against fixed lengths, reverse KL",
+            [("step", "avg_at_k"), ("flops", "avg_at_k"), ("step", "eval_entropy"), ("step", "eval_len")],
+            [
+                (RED, "^", f"OPD, {long} tokens", "opd"),
+                (ORANGE, "s", f"OPD, {short} tokens", "opd-short"),
+                (BLUE, "o", "curriculum", "curriculum"),
+                (PINK, "X", "curriculum without its gate", "curriculum-no-gate"),
+                (GREEN, "v", "curriculum, ends as one", "curriculum-as_one"),
+            ],
+        ),
+        "rl": (
+            "The RL that follows: GRPO from three checkpoints",
+            [("step", y) for y in quality],
+            [
+                (RED, "^", f"after OPD, {long} tokens", "grpo-after-opd"),
+                (ORANGE, "s", f"after OPD, {short} tokens", "grpo-after-opd-short"),
+                (BLUE, "o", f"after DAgger, {long} tokens", "grpo-after-dagger_onpolicy"),
+            ],
+        ),
+    }  # fmt: skip
