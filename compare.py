@@ -183,7 +183,8 @@ def write_table(groups, path):
 
 def write_findings(worlds, args):
     """findings.md. "found": the number has the expected sign in every world, and its interval in the first one leaves
-    out 0; "found, this world": the latter only; "the opposite": likewise with the other sign; else "not found"."""
+    out 0; "found in 2 of 3": the same, but not in every world; "the opposite": likewise with the other sign; else "not
+    found"."""
     names = " | ".join(Path(world).name for world in worlds)
     lines = [f"| | expected | {names} | |", "|---|---|" + "---|" * (len(worlds) + 1)]
     for axis, says, sign, number in findings.claims(args):
@@ -191,8 +192,9 @@ def write_findings(worlds, args):
         for groups in worlds.values():
             value = lambda name, metric="avg_at_k", flops=None: final(groups[name], metric, flops)  # noqa: B023, E731
             numbers.append(number(value))
-        (mean, ci), everywhere = mean_ci(numbers[0]), len({np.mean(n) > 0 for n in numbers}) == 1
-        verdict = ("found" if mean * sign > 0 else "the opposite") + ("" if everywhere else ", this world")
+        (mean, ci), signs = mean_ci(numbers[0]), [np.sign(np.mean(n)) for n in numbers]
+        verdict, agree = "found" if mean * sign > 0 else "the opposite", signs.count(signs[0])
+        verdict += "" if agree == len(worlds) else f" in {agree} of {len(worlds)}"
         verdict = "one seed" if math.isnan(ci) else verdict if abs(mean) > ci else "not found"
         form = "{:+.1f}" if abs(mean) > 1 else "{:+.3f}"
         lines.append(f"| {axis} | {says} | " + " | ".join(plus_minus(n, form) for n in numbers) + f" | {verdict} |")

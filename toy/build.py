@@ -1,6 +1,6 @@
 """Build the embedded default: two tiny chat models, a training set and an evaluation set.
 
-    python -m toy.build --out toy         # from nothing, seed 0; some minutes of one CPU core
+    python -m toy.build --out toy         # from nothing, seed 0; a quarter of an hour of a slow CPU core
 
 This is data, not a method: the scripts read what stands in this folder as they would read
 Qwen3 checkpoints and GSM8K. Nobody needs to run this file; it is here so that nothing is hidden.
@@ -34,8 +34,8 @@ What each part is for:
     themselves.
   * A WAY TO GO ON. In one document of fifty the teacher says its answer once more before it ends. So
     for a student that has lost its own ending and never says the teacher's, saying its answer again
-    is what the teacher minds least. (In trials without this responses grew to 30 tokens and not to
-    the cap; in trials with more of it, one document of ten, the teacher knew so well how to repeat
+    is what the teacher minds least. (In trials without this responses grew to 28 and 35 tokens and not
+    to the cap; in trials with more of it, one document of ten, the teacher knew so well how to repeat
     an answer that the repetition stayed right.)
 """
 

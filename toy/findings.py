@@ -15,7 +15,7 @@ COLORS = BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK = "#0072B2 #D55E00 #009E73 #
 
 FOUR = ("sft_offpolicy", "offline_rl_distill", "dagger_onpolicy", "opd")
 LAMBDAS = (0.2, 0.5, 0.8)
-H_MIN = 0.4  # nats per token: between a healthy student's entropy and a collapsed one's
+H_MIN = 0.4  # nats per token: in the trials .31 to .34 at 32 tokens before a collapse, and .47 to .53 at 8
 
 
 def plan(args, world):

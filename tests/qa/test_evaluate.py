@@ -15,6 +15,7 @@ from conftest import ROOT, read_log, run, write_jsonl
 import compare
 import evaluate
 from common import summarize
+from plumbing import runs as runs_module
 from plumbing.runs import parse, pool
 from plumbing.tasks import load_evals
 from toy import findings
@@ -107,7 +108,7 @@ def test_intervals_over_seeds_are_t_intervals():
 def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch):
     """The whole of it in miniature: plan, runs, tables and figures; the second time nothing runs."""
     real = findings.plan
-    small = dict(world) | dict(batch_size=2, held_out=2, lengths="2,8")
+    small = dict(world) | dict(steps=2, batch_size=2, held_out=2, lengths="2,8", eval_every=0)
 
     def plan(args, place):
         runs = real(args, place)
@@ -120,7 +121,8 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     monkeypatch.setattr(findings, "plan", plan)
     monkeypatch.setattr(findings, "make_variants", lambda world, out_dir: None)
     monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", InProcess)
-    argv = f"--out_dir {tmp_path} --worlds w0 --seeds 1 --steps 4 --rl_steps 1 --short 2 --length 8"
+    monkeypatch.setattr(runs_module, "draw_curves", lambda out_dir: None)  # half of the time of such small runs
+    argv = f"--out_dir {tmp_path} --worlds w0 --seeds 1 --steps 4 --rl_steps 1 --short 2 --length 9"
     args = parse(compare.Args, argv.split())
     compare.main(args)
     figures = {f"{name}.png" for name in findings.figures(args)}
@@ -135,7 +137,7 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     assert last["step"] == log["step"] and last["avg_at_k"] == pytest.approx(log["avg_at_k"], rel=1e-4)
     assert "first_avg" in last
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*")}
-    compare.main(args)
+    compare.run_all(args, "w0", 1)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*")}
     assert len(before) > 3 * len(runs)
 
@@ -158,7 +160,7 @@ def test_found_opposite_and_not_found(tmp_path, monkeypatch):
     base = [0.5, 0.6, 0.7]
     clear, unclear, below = [0.6, 0.72, 0.78], [0.9, 0.61, 0.72], [0.4, 0.48, 0.62]
     says = {(+1, "unclear"): "found", (-1, "unclear"): "the opposite"}
-    says |= {(+1, "below"): "found, this world", (-1, "below"): "the opposite, this world"}
+    says |= {(+1, "below"): "found in 1 of 2", (-1, "below"): "the opposite in 1 of 2"}
     number = lambda v: v("b") - v("a")  # noqa: E731
     monkeypatch.setattr(findings, "claims", lambda args: [("axis", "says", sign, number) for sign in (1, -1)])
     args = compare.Args(out_dir=str(tmp_path))
