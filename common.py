@@ -136,7 +136,7 @@ def as_one_end(logits, end_ids):
 def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estimator="exact", ends="apart", chunk=None):
     """Σ token_weights · divergence(q_θ, p_T) over the response tokens of a batch of rollouts. It is
 
-        q, p = (model(ids).logits[:, P - 1 : -1][mask] for model in (student, teacher))  # (N, V): t − 1 predicts token t
+        q, p = (model(ids).logits[:, P - 1 : -1][mask] for model in (student, teacher))  # (N, V): t − 1 predicts t
         loss = (token_weights[mask] * divergence(q, p)).sum()
 
     with the logits of one chunk of tokens at a time: together they are gigabytes.

@@ -13,8 +13,8 @@ policy gradient: Proposition 1 (ii) of arXiv 2605.16826,
 
 with the student's actions y and the reward log p_T − log q_θ, at states from a fixed data set of another policy's
 making: offline reinforcement learning. It is mode-seeking: entropy falls.
-A student that ends by another token than its teacher, as a base model does, loses its own end, and learns the teacher's
-the later the less it says it: this gradient vanishes with q. (`--ends as_one` compares all ends as one action.)
+A student that ends by another token than its teacher, as a base model does, is punished for its own end and slow to learn
+the teacher's: this gradient vanishes with q. (`--ends as_one` compares all ends as one action.)
 
 What it leaves out, on purpose.
 - The student's own mistakes: it never sees a prefix that it would write and the teacher would not (exposure bias).
@@ -22,7 +22,7 @@ What it leaves out, on purpose.
 - Fresh data: each prompt has --teacher_samples answers, stored next to --out_dir, for every epoch and for other runs.
 
 Run it.
-    python offline_rl_distill.py                                CPU, the embedded toy: half a minute
+    python offline_rl_distill.py                                CPU, the embedded toy: under a minute
     python offline_rl_distill.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us, see README
     torchrun --nproc_per_node 4 offline_rl_distill.py ...       the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.

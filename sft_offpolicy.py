@@ -22,7 +22,7 @@ What it leaves out, on purpose.
 - Fresh data: each prompt has --teacher_samples answers, stored next to --out_dir, for every epoch and for other runs.
 
 Run it.
-    python sft_offpolicy.py                                CPU, the embedded toy: half a minute
+    python sft_offpolicy.py                                CPU, the embedded toy: under a minute
     python sft_offpolicy.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us, see README
     torchrun --nproc_per_node 4 sft_offpolicy.py ...       the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,38 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     compare.run_all(args, "w0", 1)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*")}
     assert len(before) > 3 * len(runs)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [("--seeds 0", "--seeds is 0, and must be at least 1"), ("--short 8 --length 32", "--short is 8 and --length 32")],
+)
+def test_compare_refuses_before_anything_runs(words, says, tmp_path):
+    with pytest.raises(SystemExit, match=says):
+        compare.main(parse(compare.Args, [*words.split(), "--out_dir", str(tmp_path / "out")]))
+    assert not list(tmp_path.rglob("log.jsonl"))
+
+
+def test_what_switches_a_cause_off_is_the_only_difference():
+    runs = findings.plan(compare.Args(), "toy")
+    off = {
+        "opd-as_one": ("opd", "ends", "as_one"), "offline_rl_distill-as_one": ("offline_rl_distill", "ends", "as_one"),
+        "curriculum-as_one": ("curriculum", "ends", "as_one"), "opd-same-end": ("opd-untied", "student", "same-end"),
+        "opd-untied": ("opd", "student", "untied"), "opd-short": ("opd", "max_new_tokens", 8),
+        "curriculum-no-gate": ("curriculum", "h_min", 0.0), "opd-sampled": ("opd", "estimator", "sampled"),
+        "opd-sampled-as_one": ("opd-sampled", "ends", "as_one"),
+        "grpo-after-opd": ("grpo-after-opd-short", "student", "opd"),
+    }  # fmt: skip
+    for name, (other, argument, value) in off.items():
+        (script, arguments), (same_script, base) = runs[name], runs[other]
+        assert script == same_script and arguments == base | {argument: value} and base.get(argument) != value, name
+
+
+def test_the_first_answer_is_read_from_the_responses(finished, tmp_path):
+    shutil.copytree(finished / "seed-0", tmp_path / "run")
+    said = ["=1\n####7\n####3", "####3\n####7", "no answer", "####7"]
+    write_jsonl(tmp_path / "run/responses.jsonl", [{"response": text, "answer": "7"} for text in said])
+    assert compare.read(str(tmp_path / "run"))[-1]["first_avg"] == 0.5
 
 
 def made_up(values, cost):

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,6 +14,7 @@ from common import evaluate
 from plumbing.models import load_model, load_vocab
 from plumbing.runs import parse
 from plumbing.tasks import grade, load_problems
+from toy import build
 
 TOY = ROOT / "toy"
 COLUMNS = ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")
@@ -87,3 +89,49 @@ def test_the_data_are_right_and_disjoint():
         assert grade(f"=...####{row['answer']}", row["answer"]) and not grade(
             f"####{row['answer']}\n####x", row["answer"]
         )
+
+
+def test_the_teacher_s_documents_teach_no_mistake():
+    """2,000 of them, half with mistakes put in: what is learned is right, and the answer is what two lines agree on."""
+    rng, masked, restated = np.random.default_rng(0), 0, 0
+    for _ in range(2000):
+        numbers = build.random_problem(rng)
+        ids, learned = build.teacher_response(numbers, rng)
+        words = [build.WORDS[i - len(build.SPECIAL)] if i >= len(build.SPECIAL) else build.SPECIAL[i] for i in ids]
+        assert len(ids) == len(learned) and words[-1] == "<|im_end|>" and learned[-1]
+        lines = "".join(words[: words.index("####")]).split("\n")[:-1]
+        results = [line[-1] for line in lines]
+        answers = {words[i + 1] for i, word in enumerate(words) if word == "####"}
+        agreed = {r for r in results if results.count(r) > 1}
+        assert len(answers) == 1 and (answers <= agreed if agreed else answers == {results[-1]})
+        assert learned[words.index("####")] == (bool(agreed) or len(results) == build.MAX_LINES)
+        assert 2 <= len(results) <= build.MAX_LINES
+        place = 0
+        for k, line in enumerate(lines):  # every learned digit follows from the step before it
+            before = numbers
+            assert len(set(results[:k])) == k or not learned[place], "a line too many is not learned to begin"
+            for step in line[1:].split("="):
+                after = list(map(int, step.split("+")))
+                pairs = [before[:i] + [sum(before[i : i + 2]) % 10] + before[i + 2 :] for i in range(len(before) - 1)]
+                wrong = [[j for j, (a, b) in enumerate(zip(after, pair)) if a != b] for pair in pairs]
+                assert any(len(digits) <= 1 and not any(learned[place + j] for j in digits) for digits in wrong)
+                before, place = after, place + len(after)
+        masked += not all(learned)
+        restated += words.count("####") > 1
+    assert 0.3 < masked / 2000 < 0.5 and 0.01 < restated / 2000 < 0.03
+
+
+def test_the_student_s_documents_slip_and_compare():
+    rng, said, answered, n = np.random.default_rng(0), 0, {True: 0, False: 0}, {True: 0, False: 0}
+    for _ in range(2000):
+        ids, learned = build.student_response(build.random_problem(rng), rng)
+        words = [build.WORDS[i - len(build.SPECIAL)] if i >= len(build.SPECIAL) else build.SPECIAL[i] for i in ids]
+        assert all(learned) and words[-1] == "<|endoftext|>" and len(ids) == len(learned)
+        results = [word[1] for word in words[: words.index("####")] if word.endswith("\n")]
+        for m in range(2, len(results) + 1):
+            agree = len(set(results[:m])) < m
+            n[agree], answered[agree] = n[agree] + 1, answered[agree] + (m == len(results))
+        said += words.count("####") - 1
+    for agree, share in build.STUDENT_ANSWERS.items():
+        assert answered[agree] / n[agree] == pytest.approx(share, abs=0.04)
+    assert said / 2000 == pytest.approx(build.STUDENT_RESTATES / (1 - build.STUDENT_RESTATES), abs=0.06)
