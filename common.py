@@ -278,8 +278,8 @@ def draw(probs, u):
 
 def uniforms(keys, n, stream):
     """(B, n) fp32 numbers in [0, 1); row i depends on (stream, *keys[i]) alone, and number j not on n.
-    keys: B tuples of non-negative ints, such as (seed, step, row). So rollouts depend neither on the number of processes
-    nor on micro-batches, and resuming needs no generator's state."""
+    keys: B tuples of non-negative ints, such as (seed, step, row). So rollouts depend neither on the number of
+    processes nor on micro-batches, and resuming needs no generator's state."""
     stream = zlib.crc32(stream.encode())
     rows = [np.random.default_rng((stream, *key)).random(n, dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows))
@@ -334,8 +334,8 @@ def pass_at_k(n, c, k):
 
 
 def evaluate(model, problems, vocab, tokenizer, args, top_p=1.0, top_k=0):
-    """Sample args.eval_n responses (0: args.eval_k) to every problem and grade them. -> (metrics as of summarize, records,
-    one dict a response). Random numbers are keyed by (seed, problem, sample): two evaluations differ by the model."""
+    """Sample args.eval_n responses (0: args.eval_k) to every problem and grade them. -> (metrics as of summarize,
+    records, one dict a response). Random numbers are keyed by (seed, problem, sample): two evaluations differ by the model."""
     pairs = [(i, j) for i in range(len(problems)) for j in range(args.eval_n or args.eval_k)]
     pairs.sort(key=lambda pair: len(problems[pair[0]].prompt))  # prompts of a length share a batch: less padding
     prompts, keys = [problems[i].prompt for i, _ in pairs], [(args.seed, i, j) for i, j in pairs]

@@ -13,8 +13,8 @@ policy gradient: Proposition 1 (ii) of arXiv 2605.16826,
 
 with the student's actions y and the reward log p_T − log q_θ, at states from a fixed data set of another policy's
 making: offline reinforcement learning. It is mode-seeking: entropy falls.
-A student that ends by another token than its teacher, as a base model does, is punished for its own end and slow to learn
-the teacher's: this gradient vanishes with q. (`--ends as_one` compares all ends as one action.)
+A student that ends by another token than its teacher, as a base model does, is punished for its own end and slow to
+learn the teacher's: this gradient vanishes with q. (`--ends as_one` compares all ends as one action.)
 
 What it leaves out, on purpose.
 - The student's own mistakes: it never sees a prefix that it would write and the teacher would not (exposure bias).

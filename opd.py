@@ -13,9 +13,9 @@ pulled towards the teacher's. Proposition 1 (ii) of arXiv 2605.16826 says what t
 
 a policy gradient with the reward log p_T − log q_θ at every token. It is mode-seeking: the student is punished for
 what the teacher would not say, and not for leaving out some of what the teacher would. Entropy falls.
-A student that ends by another token than its teacher, as a base model does, is punished for its own end and slow to learn
-the teacher's, which it never says. Where the training length reaches an ending (on the toy, --max_new_tokens 96) its
-responses can grow to the cap; `--ends as_one` compares all end tokens as one action.
+A student that ends by another token than its teacher, as a base model does, is punished for its own end and slow to
+learn the teacher's, which it never says. Where the training length reaches an ending (on the toy, --max_new_tokens 96)
+its responses can grow to the cap; `--ends as_one` compares all end tokens as one action.
 
 What it leaves out, on purpose.
 - The prefixes count as data: no gradient flows through the choice of s. The full gradient of the sequence-level KL
