@@ -335,7 +335,7 @@ def pass_at_k(n, c, k):
 
 def evaluate(model, problems, vocab, tokenizer, args, top_p=1.0, top_k=0):
     """Sample args.eval_n responses (0: args.eval_k) to every problem and grade them. -> (metrics as of summarize,
-    records, one dict a response). Random numbers are keyed by (seed, problem, sample): two evaluations differ by the model."""
+    records, one a response). Random numbers are keyed by (seed, problem, sample): evaluations differ by the model."""
     pairs = [(i, j) for i in range(len(problems)) for j in range(args.eval_n or args.eval_k)]
     pairs.sort(key=lambda pair: len(problems[pair[0]].prompt))  # prompts of a length share a batch: less padding
     prompts, keys = [problems[i].prompt for i, _ in pairs], [(args.seed, i, j) for i, j in pairs]
