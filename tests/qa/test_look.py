@@ -1,0 +1,58 @@
+"""look.py: what is coloured is the reward of Proposition 1 (ii), on either prefix source."""
+
+import re
+
+import pytest
+import torch
+from conftest import masked_inputs, run
+from transformers import AutoModelForCausalLM
+
+import common
+import look
+from plumbing.models import load_vocab
+from plumbing.runs import parse
+from plumbing.tasks import load_evals
+
+
+def arguments(world, **more):
+    names = ("student", "teacher", "eval_data", "eval_max_new_tokens")
+    return {name: world[name] for name in names} | more
+
+
+def test_what_is_coloured_is_the_difference_of_log_probabilities(world):
+    """Against logits of the whole models; and on its own rollouts its mean is minus the sampled reverse KL."""
+    args = parse(look.Args, [w for k, v in arguments(world).items() for w in (f"--{k}", str(v))])
+    problems = load_evals(args.eval_data, 0)[args.eval_data]
+    vocab, _ = load_vocab(args, [problems])
+    student, teacher = (AutoModelForCausalLM.from_pretrained(world[role]).eval() for role in ("student", "teacher"))
+    prompts, keys = [p.prompt for p in problems], [(0, i, 0) for i in range(len(problems))]
+    rollouts = common.sample(student, prompts, keys, vocab, 6)
+    tokens = rollouts.ids[:, rollouts.prompt_len :]
+    with torch.no_grad():
+        log_q, log_p = (
+            m(**masked_inputs(rollouts)).logits[:, rollouts.prompt_len - 1 : -1].log_softmax(-1)
+            for m in (student, teacher)
+        )
+    expected = (log_p - log_q).gather(-1, tokens[..., None])[..., 0]
+    for row, mask, found in zip(expected, rollouts.mask, look.log_ratios(student, teacher, rollouts, vocab)):
+        assert found == pytest.approx(row[mask].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("prefixes", ["student", "teacher"])
+def test_every_token_is_shown_once_in_the_terminal_and_in_a_picture(world, tmp_path, capsys, prefixes):
+    run("look", **arguments(world, prefixes=prefixes, eval_problems=2, picture=tmp_path / "new" / "a.png"))
+    said = capsys.readouterr().out
+    lengths = [int(n) for n in re.findall(r"(\d+) tokens, ", said)]
+    assert len(lengths) == 2 and said.count("\033[0m") == sum(lengths)
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_beside_itself_is_white(world, capsys):
+    run("look", **arguments(world, teacher=world["student"]))
+    colours = set(re.findall(r"48;2;(\d+;\d+;\d+)m", capsys.readouterr().out))
+    assert colours == {"255;255;255"}
+
+
+def test_blue_is_what_the_teacher_would_say_more_often():
+    assert look.colour(4.0) == look.BLUE and look.colour(-9.0) == look.ORANGE and look.colour(0.0) == (255, 255, 255)
+    assert look.in_terminal([("a\n", -1.24)]).count("\n") == 1 and "a↵[-1.2]" in look.in_terminal([("a\n", -1.24)])
