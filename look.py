@@ -93,7 +93,9 @@ def draw(responses, path, title):
     for x, row, word, ratio in boxes:
         if ratio is not None:
             face = [c / 255 for c in colour(ratio)]
-            axis.add_patch(plt.Rectangle((x, row - 0.45), len(word), 0.9, facecolor=face, edgecolor="0.8", linewidth=0.5))
+            axis.add_patch(
+                plt.Rectangle((x, row - 0.45), len(word), 0.9, facecolor=face, edgecolor="0.8", linewidth=0.5)
+            )
         axis.text(x + 0.1, row, word.replace("$", r"\$"), weight="bold" if ratio is None else "normal", **style)
     axis.set(xlim=(-0.5, 101), ylim=(y - 1, -1), title=title)
     axis.axis("off")

@@ -78,8 +78,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = head.linear(hidden[c]).requires_grad_()  # (n, V), a leaf: forward records no graph
             with torch.enable_grad():
                 capped = head.cap(logits)
-            mean_entropy = mean_entropy + (entropy(capped.detach()) * token_weights[c]).sum()
-            with torch.enable_grad():
+                mean_entropy = mean_entropy + (entropy(capped.detach()) * token_weights[c]).sum()
                 losses = token_loss(capped, c)  # (n,)
             loss = loss + (losses.detach() * token_weights[c]).sum()
             return torch.autograd.grad(losses, logits, token_weights[c].to(losses.dtype))[0]  # (n, V): Proposition 1

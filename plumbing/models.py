@@ -1,6 +1,7 @@
 """Checkpoints: what can be known without weights is checked first; models are loaded in the precision asked for."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -37,7 +38,10 @@ def load_vocab(args, problem_sets):
         encode_prompts(problems, asker, args.thinking, args.instruction)
         _check_known(problems, asker)
     if "teacher" in paths:
-        _check_same_tokens(student, asker)
+        added = {*student.get_added_vocab(), *asker.get_added_vocab()}  # end tokens among them, whose roles may differ
+        ids, ids_of_teacher = ({t: i for t, i in tok.get_vocab().items() if t not in added} for tok in (student, asker))
+        if ids != ids_of_teacher:
+            refuse("the tokenizers of student and teacher give tokens different ids: choose both from one family")
         student.chat_template = asker.chat_template
         probes = [dataclasses.replace(p) for p in problem_sets[0][:256]]
         encode_prompts(probes, student, args.thinking, args.instruction)
@@ -63,17 +67,6 @@ def load_vocab(args, problem_sets):
         refuse(f"no response could ever end: set an end token, eos_token_id below {size}, in a model's config.json")
     _check_room(args, configs, problem_sets)
     return Vocab(size, end_ids, end_ids[0] if student.pad_token_id is None else student.pad_token_id), student
-
-
-def _check_same_tokens(student, teacher):
-    """End tokens may differ in role; every ordinary token must have the same id."""
-    added = set(student.get_added_vocab()) | set(teacher.get_added_vocab())
-    ordinary = [{t: i for t, i in tok.get_vocab().items() if t not in added} for tok in (student, teacher)]
-    if ordinary[0] != ordinary[1]:
-        refuse(
-            f"the tokenizers of student ({len(ordinary[0])} tokens) and teacher ({len(ordinary[1])} tokens) differ: "
-            "their distributions are over different things; choose --student and --teacher from one family"
-        )
 
 
 def _check_known(problems, tokenizer):
@@ -131,7 +124,13 @@ def load_model(path, args, trainable=False):
     """A causal LM on this process's device: the trained one with fp32 weights, which small learning rates need."""
     dtype = torch.bfloat16 if args.precision == "bf16" and not trainable else torch.float32
     device = device_here() if trainable else getattr(args, "teacher_device", "") or device_here()
-    model = _load(transformers.AutoModelForCausalLM, path, "model", dtype=dtype).to(device)
+    options = dict(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, report = _load(transformers.AutoModelForCausalLM, path, "model", **options)
+    made_up = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    if made_up:
+        trouble = f"{len(made_up)} missing or of another shape, such as {made_up[0]}"
+        refuse(f"the weights in {path!r} do not fit its config.json ({trouble}): copy or download it again")
+    model.to(device)
     if trainable and model.num_parameters() > 10e6 and args.lr == type(args).lr and is_main():
         print(f"warning: --lr {args.lr} is made for the toy; models of this size take 1e-6 to 1e-5, see recipes/")
     if model.device.type == "cpu" and model.num_parameters() < 10e6:
@@ -140,7 +139,7 @@ def load_model(path, args, trainable=False):
     model.autocasts = args.precision == "bf16" and trainable  # see autocast()
     if trainable and args.gradient_checkpointing:
         for layer in layers(model):  # transformers' own switch needs train mode, and with it dropout
-            layer.forward = recomputed(layer.forward)
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return shard(model) if dist.is_initialized() else model
 
 
@@ -148,17 +147,6 @@ def autocast(model):
     """The region in which a model with fp32 weights computes in bf16, if it is to: the copies of its weights that this
     takes are made once in it, so one region goes around many decode steps."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "autocasts", False))
-
-
-def recomputed(forward):
-    """A forward pass whose activations are computed again in the backward pass instead of kept; sampling keeps none."""
-
-    def checkpointed(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return checkpointed
 
 
 def _load_config(path, role):
@@ -169,27 +157,17 @@ def _load_config(path, role):
 
 
 def _load(auto_class, path, role, **options):
-    """auto_class.from_pretrained, which explains itself at length, fills in weights that are missing at random, and
-    makes an empty tokenizer where there is none: each of these is refused here, in one line."""
+    """auto_class.from_pretrained, which explains itself at length, and makes an empty tokenizer where there is none:
+    refused here in one line."""
     where = "is no folder here, and cannot be had from the hub by this name"
     if os.path.isdir(path):
         where, names = "is damaged or incomplete, so copy or download it again", " ".join(os.listdir(path))
-        parts = dict(tokenizer="tokenizer|vocab|spiece", weights=r"\.safetensors|\.bin")
-        parts = {"config.json": r"\bconfig\.json", **parts}
+        parts = {"config.json": r"\bconfig\.json", "tokenizer": "tokenizer|vocab", "weights": r"\.safetensors|\.bin"}
         missing = [part for part, pattern in parts.items() if not re.search(pattern, names)]
         if missing:
             refuse(f"the {role} {path!r} has no {missing[0]}: save model and tokenizer there with save_pretrained")
     try:
-        if auto_class is not transformers.AutoModelForCausalLM:
-            return auto_class.from_pretrained(path, **options)
-        model, report = auto_class.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        return auto_class.from_pretrained(path, **options)
     except Exception as error:  # the hub, the file system, the format: transformers raises them all
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = f"{type(error).__name__}: {error}"[:300]
         refuse(f"the {role} {path!r} {where} ({auto_class.__name__}: {reason})")
-    wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
-    if wrong:
-        trouble = f"{len(wrong)} missing or of another shape, such as {wrong[0]}"
-        refuse(f"the weights in {path!r} do not fit its config.json ({trouble}): copy or download it again")
-    return model

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -26,20 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 from plumbing.fast import sequence_flops
 from plumbing.models import load_model, load_vocab, resolve_precision
-from plumbing.processes import barrier, gather, is_main, rank_and_world, start_processes, sum_over_processes
+from plumbing.processes import barrier, full, gather, is_main, rank_and_world, start_processes, sum_over_processes
 from plumbing.tasks import load_evals, load_problems, refuse
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -63,14 +58,12 @@ def parse(Args, argv=None):
     )
     parser.error = lambda message: refuse(f"{message} (--help lists the arguments)")
     parser.add_argument("--recipe", metavar="FILE", help="a file of arguments, read first: the command line wins")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = parser.error
-    first.add_argument("--recipe")
-    recipe, argv = first.parse_known_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    recipe = parser.parse_known_args(argv)[0].recipe
     try:
-        words = shlex.split(Path(recipe.recipe).read_text(), comments=True) if recipe.recipe else []
+        words = shlex.split(Path(recipe).read_text(), comments=True) if recipe else []
     except (OSError, ValueError) as error:
-        refuse(f"--recipe {recipe.recipe!r} cannot be read ({error}): name a file of lines like `--lr 5e-7`")
+        refuse(f"--recipe {recipe!r} cannot be read ({error}): name a file of lines like `--lr 5e-7`")
     args, *_, unknown = parser.parse_args_into_dataclasses(
         words + argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -131,12 +124,10 @@ def _check_estimator(args):
     script = sys.modules[type(args).__module__]
     if getattr(args, "estimator", "exact") == "exact" or not hasattr(script, "main"):
         return
-    for call in ast.walk(ast.parse(inspect.getsource(script.main))):
-        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "weighted_kl":
-            name = getattr(call.args[0], "id", "")
-            divergence = getattr(script, name, None)  # None: made in main itself, as by partial
-            if divergence and "u" not in inspect.signature(divergence).parameters:
-                refuse(f"--estimator is {args.estimator!r}, but {name} has no argument `u` to sample by: use exact")
+    for name in re.findall(r"weighted_kl\(\s*(\w+),", inspect.getsource(script.main)):
+        divergence = getattr(script, name, None)  # None: made in main itself, as by partial
+        if divergence and "u" not in inspect.signature(divergence).parameters:
+            refuse(f"--estimator is {args.estimator!r}, but {name} has no argument `u` to sample by: use exact")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -163,18 +154,15 @@ def open_run(args, evaluate, needs_answers=False):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if not dist.is_initialized():
-        return Run(args, evaluate, needs_answers)
-    ended = [None]  # the main process looks first: what it refuses, it alone reports, and all processes end
+    run, ended = None, []  # the main process looks first: what it refuses, it alone reports, and all processes end
     if is_main():
         try:
             run = Run(args, evaluate, needs_answers)
         except SystemExit as exit:
             ended = [exit.code]
-    dist.broadcast_object_list(ended)
-    if ended != [None]:
-        raise SystemExit(ended[0] if is_main() or ended == [0] else 1)
-    return run if is_main() else Run(args, evaluate, needs_answers)
+    for code in gather(ended):
+        raise SystemExit(code if is_main() else bool(code))
+    return run or Run(args, evaluate, needs_answers)
 
 
 class Run:
@@ -195,8 +183,7 @@ class Run:
     def hold_out(self, n):
         """Take the last n prompts out of the training data. -> them"""
         if n >= len(self.prompts):
-            rows = len(self.prompts)
-            refuse(f"--held_out is {n}, but {self.args.data} has {rows} rows: nothing would be left to train on")
+            refuse(f"--held_out is {n}, but {self.args.data} has {len(self.prompts)} rows: none is left to train on")
         self.prompts, held_out = self.prompts[:-n], self.prompts[-n:]
         return held_out
 
@@ -221,8 +208,7 @@ class Run:
             _write(out, "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         if states and is_main():
             print(f"continuing {out} after step {self.step}")
-        with contextlib.suppress(ValueError):  # not in the main thread: then leave Ctrl-C alone
-            signal.signal(signal.SIGINT, self._ask_to_stop)
+        signal.signal(signal.SIGINT, self._ask_to_stop)
         if not states:
             self._log({"step": 0, **self._evaluate(0)})
 
@@ -310,9 +296,6 @@ class Run:
         exists under its name only once it is complete."""
         out = self.args.out_dir
         final, partial = (os.path.join(out, part) for part in (name or f"state-{self.step}", "state.partial"))
-        if is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        barrier()
         model_state, optimizer_state = get_state_dict(self.student, self.optimizer)
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
         if is_main():
@@ -332,8 +315,7 @@ class Run:
         try:
             model_state, optimizer_state = get_state_dict(self.student, self.optimizer)
             dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
-            states = dict(model_state_dict=model_state, optim_state_dict=optimizer_state)
-            set_state_dict(self.student, self.optimizer, **states)
+            set_state_dict(self.student, self.optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
             progress = json.loads(Path(path, "progress.json").read_text())
         except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception; its last line says why
             reason = str(error).strip().split("\n")[-1][:200]
@@ -349,10 +331,9 @@ class Run:
         ends = dict(eos_token_id=list(self.vocab.end_ids), pad_token_id=self.vocab.pad_id)
         self.student.generation_config = transformers.GenerationConfig(**ends)
         partial, final = (os.path.join(self.args.out_dir, name) for name in ("model.partial", "model"))
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.student, options=options)
+        whole = ((name, full(weight)) for name, weight in self.student.state_dict().items())
+        weights = {name: weight.cpu() for name, weight in whole if is_main()}  # all gather them, one keeps them
         if is_main():
-            shutil.rmtree(partial, ignore_errors=True)
             self.student.save_pretrained(partial, state_dict=weights)
             self.tokenizer.save_pretrained(partial)
             os.rename(partial, final)
@@ -412,10 +393,7 @@ def _check_out_dir(args):
 def _write(directory, name, content):
     """Write a whole file or leave the old one: never half of it."""
     path = os.path.join(directory, name)
-    with open(path + ".partial", "w") as file:
-        file.write(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    Path(path + ".partial").write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
     os.replace(path + ".partial", path)
 
 
@@ -455,11 +433,9 @@ def in_words(m, args):
 
 def _best_and_worst(name, problems, records):
     """The three best and the three worst problems of an evaluation, two responses each, to be read."""
-    by_problem = {}
-    for r in records:
-        by_problem.setdefault(r["problem"], []).append(r)
-    ranked = sorted(by_problem, key=lambda i: -sum(r["correct"] for r in by_problem[i]))
-    chosen = [(problems[i], r) for i in dict.fromkeys(ranked[:3] + ranked[-3:]) for r in by_problem[i][:2]]
+    by_problem = [list(of_one) for _, of_one in itertools.groupby(records, lambda r: r["problem"])]
+    ranked = sorted(by_problem, key=lambda of_one: -sum(r["correct"] for r in of_one))
+    chosen = [(problems[r["problem"]], r) for of_one in ranked[:3] + ranked[3:][-3:] for r in of_one[:2]]
     asked = [dict(set=name, prompt=problem.question, answer=problem.answer) for problem, _ in chosen]
     return [row | {key: r[key] for key in ("response", "correct")} for row, (_, r) in zip(asked, chosen)]
 
@@ -500,17 +476,12 @@ class Store:
                 file.writelines("\n" + json.dumps(record) for record in records)
 
     def _remember(self, records):
-        for row, sample, ids, ended, cap in records:
-            if (row, sample) not in self.found or self.found[row, sample][2] < cap:
-                self.found[row, sample] = (ids, ended, cap)
+        self.found |= {(row, sample): found for row, sample, *found in records}  # the last one is the longest
 
 
 def draw_curves(out_dir):
     """curves.png from log.jsonl: loss, entropy, response length, accuracy over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = read_lines(os.path.join(out_dir, "log.jsonl"))
     panels = {
@@ -519,8 +490,8 @@ def draw_curves(out_dir):
         "response length (tokens)": {"response_len": "-", "eval_len": "o--"},
         "accuracy on eval_data": {"reward": "-", "avg_at_k": "o-", "pass_at_k": "s--"},
     }
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    for axis, (title, styles) in zip(axes.flat, panels.items()):
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    for axis, (title, styles) in zip(figure.subplots(2, 2).flat, panels.items()):
         for name, style in styles.items():
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
@@ -529,4 +500,3 @@ def draw_curves(out_dir):
         axis.legend(frameon=False)
     figure.suptitle(out_dir)
     figure.savefig(os.path.join(out_dir, "curves.png"), dpi=110)
-    plt.close(figure)

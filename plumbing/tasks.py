@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 
 def refuse(message):
@@ -32,6 +33,8 @@ def load_problems(name, needs_answer=False, skip_unanswered=False):
     """
     problems, skipped = [], 0
     for i, row in enumerate(_rows(name), 1):
+        if not isinstance(row, dict):
+            refuse(f"{name}, row {i}: needs an object with named columns, found {type(row).__name__}")
         column = next((key for key in ("prompt", "problem", "question") if row.get(key) is not None), None)
         if column is None:
             refuse(f"{name}, row {i}: needs a `prompt`, `problem` or `question`; its columns are: {', '.join(row)}")
@@ -70,59 +73,50 @@ def load_evals(names, n):
 
 
 def _rows(name):
-    """The dataset's rows as dicts. `datasets` is imported only for what plain JSON cannot read: it takes seconds."""
+    """The dataset's rows. `datasets` is imported only for what plain JSON cannot read: it takes seconds."""
     if not name.strip():
         refuse("--data or --eval_data has an empty name; give a file, or name[:config[:split]] on the hub")
     if os.path.isdir(name):
         refuse(f"{name!r} is a directory; give a data file in it: .jsonl, .json, .csv or .parquet")
-    if name.endswith((".jsonl", ".json")) or os.path.exists(name):
-        if not os.path.isfile(name):
-            refuse(f"no data file {name!r} (looked in {os.getcwd()}); give a file, or name[:config[:split]] on the hub")
-        if name.endswith((".jsonl", ".json")):
-            return _json_rows(name)
-        kind = name.rsplit(".", 1)[-1]
-        if kind not in ("csv", "parquet"):
+    kind = Path(name).suffix
+    if kind in (".jsonl", ".json"):
+        return _json_rows(name)
+    if os.path.exists(name):
+        if kind not in (".csv", ".parquet"):
             refuse(f"{name}: do not know this kind of file; give .jsonl, .json, .csv or .parquet")
-        source, options, where = kind, {"data_files": name, "split": "train"}, f"as {kind}"
+        source, options = kind[1:], {"data_files": name, "split": "train"}
     else:
         source, config, split = (name.split(":", 2) + [None, None])[:3]
-        options, where = (
-            {"name": config or None, "split": split or "train"},
-            "from the hub, and there is no such file here",
-        )
+        options = {"name": config or None, "split": split or "train"}
     try:
         from datasets import load_dataset
 
         return load_dataset(source, **options)
     except Exception as error:  # every kind of trouble comes from there: network, name, split, parsing
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        refuse(f"cannot load {name!r} {where}; give a file, or name[:config[:split]] on the hub ({reason})")
+        reason = f"{type(error).__name__}: {error}"[:300]
+        refuse(f"cannot load {name!r}; give a sound file, or name[:config[:split]] on the hub ({reason})")
 
 
 def _json_rows(name):
+    if not os.path.exists(name):
+        refuse(f"no data file {name!r} (looked in {os.getcwd()}); give a file, or name[:config[:split]] on the hub")
     try:
-        with open(name, encoding="utf-8-sig") as file:
-            text = file.read()
+        text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         refuse(f"cannot read {name} as text: {error}")
-    if name.endswith(".json"):
-        try:
+    where, rows = name, []
+    try:
+        if name.endswith(".json"):
             rows = json.loads(text)
-        except ValueError as error:
-            refuse(f"{name}: not JSON ({error})")
-        if not isinstance(rows, list):
-            refuse(f"{name}: needs a list of rows, found {type(rows).__name__}")
-    else:
-        rows = []
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
+        else:
+            for i, line in enumerate(text.split("\n"), 1):
+                where = f"{name}, line {i}"
+                if line.strip():
                     rows.append(json.loads(line))
-                except ValueError as error:
-                    refuse(f"{name}, line {i}: not JSON ({error})")
-    for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            refuse(f"{name}, row {i}: needs an object with named columns, found {type(row).__name__}")
+    except ValueError as error:
+        refuse(f"{where}: not JSON ({error})")
+    if not isinstance(rows, list):
+        refuse(f"{name}: needs a list of rows, found {type(rows).__name__}")
     return rows
 
 

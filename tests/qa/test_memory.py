@@ -7,15 +7,16 @@ pass of the very model at full size, on fake tensors, which have shapes and type
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import transformers
 from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import opd
-from plumbing.models import recomputed
 from plumbing.processes import layers
 from plumbing.runs import parse
 
@@ -68,7 +69,7 @@ def activation_bytes(config, rows, tokens, checkpointing):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         if checkpointing:
             for layer in layers(model):
-                layer.forward = recomputed(layer.forward)
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         with torch.autocast("cpu", torch.bfloat16), Saved() as saved:
             hidden = model.base_model(ids, use_cache=False).last_hidden_state

@@ -58,8 +58,8 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, 
         (Run, "_evaluate", 1, False),
         (runs.dcp, "save", 1, True),  # while saving: nothing written
         (runs.dcp, "save", 1, False),  # ... weights, but not how far the run is
-        (shutil, "rmtree", 2, False),  # ... all of it, under its provisional name
-        (shutil, "rmtree", 3, True),  # ... the new state, and the old one still there
+        (shutil, "rmtree", 1, False),  # ... all of it, under its provisional name
+        (shutil, "rmtree", 2, True),  # ... the new state, and the old one still there
         (runs, "draw_curves", 1, False),  # all steps done, no model yet
     ]
     kills = 0

@@ -1,0 +1,57 @@
+"""Five copies of opd.py, each with one silent fault: it runs to its end and says nothing. Find it by its log alone.
+
+    python docs/bug_hunt.py 1               run number 1 on the toy, into runs/bug_1 (half a minute)
+    python opd.py                           a healthy run, to compare it with
+    python docs/bug_hunt.py 1 --reveal      the fault, as a diff
+
+Look at the lines of runs/bug_1/log.jsonl beside those of runs/opd/log.jsonl: loss, entropy, grad_norm, lr, step by
+step, and the evaluations. Arguments after the number go to the script.
+"""
+
+import codecs
+import difflib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Old and new line, in rot13, so that nobody finds a fault before looking for it.
+FAULTS = [
+    ("ye = netf.ye * zva(1.0, fgrc / znk(1.0, netf.jnezhc * netf.fgrcf))",
+     "ye = netf.ye * fgrc / znk(1.0, netf.jnezhc * netf.fgrcf)"),
+    ("ongpu = eha.ongpu(fgrc)", "ongpu = eha.ongpu(1)"),
+    ("bcgvzvmre.mreb_tenq()", "cnff"),
+    ("eha.ybnq(netf.grnpure)", "eha.ybnq(netf.fghqrag)"),
+    ("gbxra_jrvtugf = zvpeb.znfx / a_gbxraf", "gbxra_jrvtugf = zvpeb.znfx * 1.0"),
+]  # fmt: skip
+
+
+def faulty(n):
+    """-> opd.py as it is, and with fault number n."""
+    healthy = (ROOT / "opd.py").read_text()
+    old, new = (codecs.decode(line, "rot13") for line in FAULTS[n - 1])
+    if healthy.count(old) != 1:
+        raise SystemExit(f"error: opd.py has been changed, and fault {n} has no place in it any more")
+    return healthy, healthy.replace(old, new)
+
+
+def main(argv):
+    numbers = [str(i + 1) for i in range(len(FAULTS))]
+    if not argv or argv[0] not in numbers:
+        raise SystemExit(f"error: which one? python docs/bug_hunt.py {'|'.join(numbers)} [--reveal]")
+    healthy, sick = faulty(int(argv[0]))
+    if "--reveal" in argv:
+        lines = difflib.unified_diff(healthy.split("\n"), sick.split("\n"), "opd.py", "with the fault", "", "", 0, "")
+        print("\n".join(lines))
+        return 0
+    script = ROOT / "runs" / "bugs" / f"bug_{argv[0]}.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(sick)
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.call([sys.executable, str(script), *argv[1:]], env=os.environ | {"PYTHONPATH": paths})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
