@@ -16,9 +16,8 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # tests/ and wha
 import torch
 
 import opd  # noqa: F401  all that the scripts import, once, before the process is forked
-from conftest import even_length
+from conftest import even_length, run
 from plumbing.processes import rank_and_world
-from plumbing.runs import parse
 
 ADAMW = torch.optim.AdamW
 
@@ -43,8 +42,7 @@ def work(jobs):
                 return healthy(model, prompts, keys, *args, **kwargs)
 
             module.sample = sample
-        argv = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-        module.main(parse(module.Args, argv))
+        run(script, **arguments)
 
 
 def work_forked(environment, jobs, log):

@@ -1,4 +1,4 @@
-"""Bad input: one line that says what is wrong, exit status 1, nothing lost, and no model loaded for what is known before.
+"""Bad input: one line that says what is wrong, exit status 1, nothing lost, no model loaded for what is known before.
 
 Each row of the table is one way to get it wrong: what is changed about a run that works, and what the line must say.
 Values that are functions prepare a file or a checkpoint, (folder to write in, the working arguments) -> its path.
@@ -11,11 +11,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import transformers
-from conftest import ROOT, make_tokenizer, read_log, write_jsonl
+from conftest import ROOT, argv, make_tokenizer, read_log, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import opd
@@ -24,7 +25,7 @@ from plumbing import models, runs
 ROW = {"question": "What is 1+1?", "answer": "2"}
 
 
-def file(name, content):
+def data(name, content, argument="data"):
     """A data file: bytes, text, or a list of rows."""
 
     def prepare(folder, world):
@@ -33,11 +34,11 @@ def file(name, content):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         return str(folder / name)
 
-    return prepare
+    return {argument: prepare}
 
 
-def rows(*more):
-    return file("rows.jsonl", [ROW, *more])
+def second_row(row, argument="data"):
+    return data("rows.jsonl", [ROW, row], argument)
 
 
 def checkpoint(role, *edits):
@@ -49,7 +50,10 @@ def checkpoint(role, *edits):
             edit(path)
         return str(path)
 
-    return prepare
+    return {role: prepare}
+
+
+student, teacher = partial(checkpoint, "student"), partial(checkpoint, "teacher")
 
 
 def remove(*names):
@@ -58,10 +62,6 @@ def remove(*names):
 
 def write(name, text):
     return lambda path: (path / name).write_text(text)
-
-
-def truncate(name, size):
-    return lambda path: os.truncate(path / name, size)
 
 
 def setting(name, **values):
@@ -74,15 +74,27 @@ def setting(name, **values):
     return edit
 
 
-def tensors(change):
+def halve(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def weights(change):
     """Change the weights: a function of their dict."""
 
     def edit(path):
-        weights = load_file(path / "model.safetensors")
-        change(weights)
-        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
     return edit
+
+
+NAN = weights(lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
+NO_END = (
+    setting("config.json", eos_token_id=None),
+    setting("tokenizer_config.json", eos_token=None),
+    remove("generation_config.json"),
+)
 
 
 def other_tokenizer(**options):
@@ -96,97 +108,65 @@ def without_merges(path):
     (path / "tokenizer.json").write_text(json.dumps(content))
 
 
-def no_end_token(role):
-    return checkpoint(
-        role,
-        setting("config.json", eos_token_id=None),
-        setting("tokenizer_config.json", eos_token=None),
-        remove("generation_config.json"),
-    )
+def in_the_way(name, content, inside=""):
+    """An --out_dir in which, or in whose way, there is this file."""
 
-
-def nan_weights(weights):
-    weights["model.norm.weight"].fill_(math.nan)
-
-
-def a_file_in_the_way(folder, world):
-    (folder / "file").write_text("x")
-    return str(folder / "file" / "run")
-
-
-def folder_with(name, content):
     def prepare(folder, world):
         (folder / "old").mkdir()
         (folder / "old" / name).write_text(content)
-        return str(folder / "old")
+        return str(folder / "old" / inside)
 
-    return prepare
+    return dict(out_dir=prepare)
 
 
+OUT_OF_BOUNDS = dict(
+    steps=[0, -5], batch_size=[0], micro_batch_size=[0], rollout_batch_size=[-1], max_new_tokens=[0],
+    lr=[0, -1e-3, "nan", "inf"], temperature=[0, -1, "nan"], top_p=[0, 1.5], top_k=[-1],
+    eval_problems=[-1], eval_temperature=[-0.5], warmup=[2], seed=[-1], save_every=[0],
+)  # fmt: skip
 BEFORE_MODELS = {
     # the command line
     "unknown flag": (dict(stepz=3), "unknown argument --stepz", "--help"),
     "abbreviated flag": (dict(step=3), "unknown argument --step", "--help"),
     "word for a number": (dict(steps="ten"), "--steps", "invalid int value: 'ten'"),
     "fraction for a count": (dict(batch_size="2.5"), "--batch_size", "invalid int value"),
-    "flag without a value": (dict(lr=None), "--lr", "expected one argument"),
+    "flag without a value": (dict(lr="--steps"), "--lr", "expected one argument"),
     "flag that is neither yes nor no": (dict(thinking="perhaps"), "--thinking", "perhaps"),
     # arguments that no run can use
-    "no steps": (dict(steps=0), "--steps is 0", "at least 1"),
-    "negative steps": (dict(steps=-5), "--steps is -5", "at least 1"),
-    "empty batches": (dict(batch_size=0), "--batch_size is 0"),
-    "empty micro-batches": (dict(micro_batch_size=0), "--micro_batch_size is 0"),
-    "no new tokens": (dict(max_new_tokens=0), "--max_new_tokens is 0"),
-    "learning rate 0": (dict(lr=0), "--lr is 0", "above 0"),
-    "negative learning rate": (dict(lr=-1e-3), "--lr is -0.001"),
-    "learning rate nan": (dict(lr="nan"), "--lr is nan", "finite"),
-    "learning rate infinite": (dict(lr="inf"), "--lr is inf", "finite"),
-    "temperature 0": (dict(temperature=0), "--temperature is 0", "above 0"),
-    "negative temperature": (dict(temperature=-1), "--temperature is -1"),
-    "temperature nan": (dict(temperature="nan"), "--temperature is nan"),
-    "negative evaluation temperature": (dict(eval_temperature=-0.5), "--eval_temperature is -0.5"),
-    "top_p 0": (dict(top_p=0), "--top_p is 0", "above 0"),
-    "top_p 1.5": (dict(top_p=1.5), "--top_p is 1.5", "at most 1"),
-    "negative top_k": (dict(top_k=-1), "--top_k is -1"),
-    "warm-up 2": (dict(warmup=2), "--warmup is 2", "at most 1"),
-    "negative seed": (dict(seed=-1), "--seed is -1"),
-    "never save": (dict(save_every=0), "--save_every is 0"),
     "unknown estimator": (dict(estimator="k3"), "--estimator: invalid choice: 'k3'", "exact", "sampled"),
     "unknown precision": (dict(precision="fp16"), "--precision: invalid choice: 'fp16'", "auto", "fp32", "bf16"),
     "ends neither apart nor as one": (dict(ends="merged"), "--ends: invalid choice: 'merged'", "as_one"),
-    "negative slices": (dict(rollout_batch_size=-1), "--rollout_batch_size is -1", "at least 0"),
-    "negative subset": (dict(eval_problems=-1), "--eval_problems is -1", "at least 0"),
     "k > n": (dict(eval_k=4, eval_n=2), "--eval_k is 4", "--eval_n is 2"),
     "empty name in a list": (dict(eval_data="a.jsonl,,b.jsonl"), "--eval_data", "a.jsonl,,b.jsonl"),
     "same name twice": (dict(eval_data="a.jsonl,a.jsonl"), "--eval_data", "only once"),
     # the output directory
     "no output directory": (dict(out_dir=""), "--out_dir"),
-    "output under a file": (dict(out_dir=a_file_in_the_way), "cannot write to --out_dir", "choose another"),
-    "results of nobody knows what": (dict(out_dir=folder_with("log.jsonl", "{}\n")), "no args.json", "another"),
-    "damaged args.json": (dict(out_dir=folder_with("args.json", '{"steps": ')), "args.json is damaged", "--out_dir"),
-    "args.json of something else": (dict(out_dir=folder_with("args.json", "[1]")), "args.json is damaged", "--out_dir"),
+    "output under a file": (in_the_way("file", "x", "file/run"), "cannot write to --out_dir", "choose another"),
+    "results of nobody knows what": (in_the_way("log.jsonl", "{}\n"), "no args.json", "another"),
+    "damaged args.json": (in_the_way("args.json", '{"steps": '), "args.json is damaged", "--out_dir"),
+    "args.json of something else": (in_the_way("args.json", "[1]"), "args.json is damaged", "--out_dir"),
     # data
     "no data file": (dict(data="nowhere.jsonl"), "no data file 'nowhere.jsonl'", "give a file"),
     "no evaluation file": (dict(eval_data="nowhere.jsonl"), "no data file 'nowhere.jsonl'", "give a file"),
     "directory for data": (dict(data=lambda folder, world: str(folder)), "is a directory", "give a data file"),
     "no data name": (dict(data=""), "--data", "empty name"),
-    "empty file": (dict(data=file("a.jsonl", "\n\n")), "a.jsonl: no rows"),
-    "not JSON": (dict(data=file("a.jsonl", '{"question": "a"}\n{"question": \n')), "a.jsonl, line 2: not JSON"),
-    "JSON without columns": (dict(data=file("a.jsonl", '{"question": "a"}\n["b"]\n')), "row 2", "object", "list"),
-    "a table that is not a list": (dict(data=file("a.json", '{"question": "a"}')), "a.json: needs a list of rows"),
-    "damaged .json": (dict(data=file("a.json", "[{]")), "a.json: not JSON"),
-    "binary file": (dict(data=file("a.jsonl", b"\x89PNG\r\n\x1a\n\xff\xfe")), "cannot read", "a.jsonl", "as text"),
-    "damaged parquet": (dict(data=file("a.parquet", b"PAR1 not really")), "cannot load", "a.parquet"),
-    "unknown kind of file": (dict(data=file("a.xlsx", b"PK")), "a.xlsx: do not know", ".jsonl"),
+    "empty file": (data("a.jsonl", "\n\n"), "a.jsonl: no rows"),
+    "not JSON": (data("a.jsonl", '{"question": "a"}\n{"question": \n'), "a.jsonl, line 2: not JSON"),
+    "JSON without columns": (data("a.jsonl", '{"question": "a"}\n["b"]\n'), "row 2", "object", "list"),
+    "a table that is not a list": (data("a.json", '{"question": "a"}'), "a.json: needs a list of rows"),
+    "damaged .json": (data("a.json", "[{]"), "a.json: not JSON"),
+    "binary file": (data("a.jsonl", b"\x89PNG\r\n\x1a\n\xff\xfe"), "cannot read", "a.jsonl", "as text"),
+    "damaged parquet": (data("a.parquet", b"PAR1 not really"), "cannot load", "a.parquet"),
+    "unknown kind of file": (data("a.xlsx", b"PK"), "a.xlsx: do not know", ".jsonl"),
     "not on the hub": (dict(data="no-such-organisation/no-such-data"), "'no-such-organisation/no-such-data'", "hub"),
-    "wrong columns": (dict(data=rows({"text": "a", "label": 1})), "row 2: needs a `prompt`", "text, label"),
-    "messages for a question": (dict(data=rows({"prompt": [{"role": "user"}]})), "row 2: `prompt` must be a text"),
-    "empty question": (dict(data=rows({"question": " "})), "row 2: `question` must be a text"),
-    "no answers to evaluate by": (dict(eval_data=rows({"question": "a"})), "row 2: needs an `answer`", "question"),
-    "null answer": (dict(eval_data=rows({"question": "a", "answer": None})), "row 2: needs an `answer`", "is null"),
-    "list for an answer": (dict(eval_data=rows({"question": "a", "answer": [1]})), "row 2: needs an `answer`", "is [1]"),
-    "half a character": (dict(data=rows({"question": "broken \ud83d emoji"})), "broken"),
-    "prompt longer than the context": (dict(data=rows({"question": "why " * 600})), "context of 512", "why why"),
+    "wrong columns": (second_row({"text": "a", "label": 1}), "row 2: needs a `prompt`", "text, label"),
+    "messages for a question": (second_row({"prompt": [{"role": "user"}]}), "row 2: `prompt` must be a text"),
+    "empty question": (second_row({"question": " "}), "row 2: `question` must be a text"),
+    "no answers to evaluate by": (second_row({"question": "a"}, "eval_data"), "row 2: needs an `answer`", "question"),
+    "null answer": (second_row(ROW | {"answer": None}, "eval_data"), "row 2: needs an `answer`", "is null"),
+    "list for an answer": (second_row(ROW | {"answer": [1]}, "eval_data"), "row 2: needs an `answer`", "is [1]"),
+    "half a character": (second_row({"question": "broken \ud83d emoji"}), "broken"),
+    "prompt longer than the context": (second_row({"question": "why " * 600}), "context of 512", "why why"),
     "responses longer than the context": (dict(max_new_tokens=512), "context of 512", "--max_new_tokens"),
     "evaluation longer than the context": (dict(eval_max_new_tokens=600), "context of 512", "--eval_max_new_tokens"),
     "a language that the toy does not speak": (
@@ -194,74 +174,55 @@ BEFORE_MODELS = {
         "% of the prompts' tokens are unknown", "toy/teacher", "do not belong together",
     ),
     # models
-    "no such student": (dict(student="no-such-organisation/no-such-model"), "the student 'no-such", "is no folder here"),
+    "no such student": (dict(student="no-such-organisation/no-such-model"), "student 'no-such", "is no folder here"),
     "no such folder": (dict(teacher="/no/such/folder"), "the teacher '/no/such/folder'", "is no folder here"),
     "empty name of a model": (dict(student=""), "the student ''", "is no folder here"),
-    "folder of something else": (dict(student=checkpoint("student", remove("config.json"))), "no config.json", "student"),
-    "folder without weights": (dict(teacher=checkpoint("teacher", remove("model.safetensors"))), "no weights", "teacher"),
-    "config.json not JSON": (dict(student=checkpoint("student", write("config.json", "{"))), "the student", "config.json"),
-    "unknown architecture": (dict(student=checkpoint("student", setting("config.json", model_type="qwen99"))), "qwen99"),
-    "not a causal model": (
-        dict(teacher=checkpoint("teacher", write("config.json", '{"model_type": "vit"}'))), "vit", "causal language model",
-    ),
-    "impossible config": (
-        dict(student=checkpoint("student", setting("config.json", vocab_size="many"))), "the student", "again", "vocab",
-    ),
-    "damaged generation_config.json": (
-        dict(teacher=checkpoint("teacher", write("generation_config.json", "{"))), "generation_config.json", "delete",
-    ),
-    "no tokenizer": (
-        dict(student=checkpoint("student", remove("tokenizer.json", "tokenizer_config.json"))), "no tokenizer", "student",
-    ),
-    "damaged tokenizer": (dict(teacher=checkpoint("teacher", write("tokenizer.json", "{"))), "the teacher", "Tokenizer"),
-    "no chat template": (
-        dict(teacher=checkpoint("teacher", remove("chat_template.jinja"))), "no chat template", "chat_template.jinja",
-    ),
-    "damaged chat template": (
-        dict(teacher=checkpoint("teacher", write("chat_template.jinja", "{% for m in %}"))), "chat template fails",
-    ),
-    "other tokens": (
-        dict(teacher=checkpoint("teacher", other_tokenizer(vocab_size=280))), "the tokenizers of student", "one family",
-    ),
-    "other merges": (
-        dict(teacher=checkpoint("teacher", other_tokenizer(corpus=["zebra zebra zebra"] * 50))), "tokenizers", "one family",
-    ),
-    "same tokens, other tokenization": (
-        dict(student=checkpoint("student", without_merges)), "tokenize the same prompt differently", "one family",
-    ),
-    "more tokens than logits": (
-        dict(student=checkpoint("student", setting("config.json", vocab_size=290))), "ids up to 302", "'student': 290",
-    ),
-    "no end token": (
-        dict(student=no_end_token("student"), teacher=no_end_token("teacher")), "end token", "eos_token_id", "config.json",
-    ),
+    "folder of something else": (student(remove("config.json")), "no config.json", "student"),
+    "folder without weights": (teacher(remove("model.safetensors")), "no weights", "teacher"),
+    "config.json not JSON": (student(write("config.json", "{")), "the student", "config.json"),
+    "unknown architecture": (student(setting("config.json", model_type="qwen99")), "qwen99"),
+    "not a causal model": (teacher(write("config.json", '{"model_type": "vit"}')), "vit", "causal language model"),
+    "impossible config": (student(setting("config.json", vocab_size="many")), "the student", "again", "vocab"),
+    "bad generation_config.json": (teacher(write("generation_config.json", "{")), "generation_config.json", "delete"),
+    "no tokenizer": (student(remove("tokenizer.json", "tokenizer_config.json")), "no tokenizer", "student"),
+    "damaged tokenizer": (teacher(write("tokenizer.json", "{")), "the teacher", "Tokenizer"),
+    "no chat template": (teacher(remove("chat_template.jinja")), "no chat template", "chat_template.jinja"),
+    "bad chat template": (teacher(write("chat_template.jinja", "{% for m in %}")), "chat template fails"),
+    "other tokens": (teacher(other_tokenizer(vocab_size=280)), "of student", "one family"),
+    "other merges": (teacher(other_tokenizer(corpus=["zebra " * 150])), "tokenizers", "one family"),
+    "other tokenization": (student(without_merges), "tokenize the same prompt differently", "one family"),
+    "few logits": (student(setting("config.json", vocab_size=290)), "ids up to 302", "'student': 290"),
+    "no end token": (student(*NO_END) | teacher(*NO_END), "end token", "eos_token_id", "config.json"),
+}  # fmt: skip
+BEFORE_MODELS |= {
+    f"{name} {value}": ({name: value}, f"--{name} is {value}", "must be")
+    for name, values in OUT_OF_BOUNDS.items() for value in values
 }  # fmt: skip
 WITH_MODELS = {
     "weights not fetched": (
-        dict(student=checkpoint("student", write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"))),
+        student(write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n")),
         "is damaged or incomplete", "again",
     ),
-    "weights cut short": (
-        dict(teacher=checkpoint("teacher", truncate("model.safetensors", 20_000))), "is damaged or incomplete", "again",
-    ),
-    "weights of another shape": (
-        dict(student=checkpoint("student", setting("config.json", intermediate_size=96))), "do not fit", "config", "mlp",
-    ),
-    "a missing weight": (
-        dict(teacher=checkpoint("teacher", tensors(lambda w: w.pop("model.norm.weight")))), "do not fit", "1 missing",
-    ),
+    "weights cut short": (teacher(lambda path: halve(path / "model.safetensors")), "is damaged or incomplete", "again"),
+    "other shape": (student(setting("config.json", intermediate_size=96)), "do not fit", "config", "mlp"),
+    "a missing weight": (teacher(weights(lambda tensors: tensors.pop("model.norm.weight"))), "do not fit", "1 missing"),
 }  # fmt: skip
 NOT_FINITE = {
-    "a diverging teacher": (dict(teacher=checkpoint("teacher", tensors(nan_weights))), "step 1", "nan"),
-    "a diverging student": (dict(student=checkpoint("student", tensors(nan_weights))), "nan"),
+    "a diverging teacher": (teacher(NAN), "step 1", "nan"),
+    "a diverging student": (student(NAN), "nan"),
 }
-IN_SFT = [
-    "unknown flag", "k > n", "not JSON", "weights cut short", "same tokens, other tokenization", "a missing weight",
-]  # fmt: skip
-
-
-def command_line(arguments):
-    return [part for key, value in arguments.items() for part in (f"--{key}", *([] if value is None else [str(value)]))]
+ONLY_CURRICULUM = {
+    "no lengths": (dict(lengths=""), "--lengths is ''"),
+    "a length that is no number": (dict(lengths="4,x"), "--lengths is '4,x'"),
+    "falling lengths": (dict(lengths="6,4"), "--lengths is '6,4'"),
+    "lengths too long": (dict(lengths="128,256"), "--lengths is '128,256'"),
+    "more lengths than steps": (dict(lengths="1,2,4,6"), "--steps is 3, but --lengths has 4 stages"),
+    "all held out": (dict(lengths="2,4", held_out=12), "--held_out is 12, but", "has 12 rows"),
+}
+ALL = BEFORE_MODELS | WITH_MODELS | NOT_FINITE | ONLY_CURRICULUM
+IN_SFT = ["unknown flag", "k > n", "not JSON", "weights cut short", "other tokenization", "a missing weight"]
+CASES = [("opd", name) for name in BEFORE_MODELS | WITH_MODELS] + [("sft_offpolicy", name) for name in IN_SFT]
+CASES += [("curriculum", name) for name in ONLY_CURRICULUM]
 
 
 def contents(directory):
@@ -269,10 +230,10 @@ def contents(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(Path(directory).rglob("*")) if p.is_file()}
 
 
-def refusal(script, argv):
+def refusal(script, arguments):
     """What a script says when it refuses: SystemExit with a text prints it on stderr and exits with status 1."""
     with pytest.raises(SystemExit) as end:
-        script.main(runs.parse(script.Args, argv))
+        script.main(runs.parse(script.Args, argv(arguments)))
     line = end.value.code
     assert isinstance(line, str) and line.startswith("error: ") and line == " ".join(line.split())
     assert len(line) < 700, "that is not a line"
@@ -288,25 +249,20 @@ def loaded(monkeypatch):
     return paths
 
 
-def prepared(changes, world, folder):
-    """Arguments of a run that goes wrong, in out_dir folder/runs/new unless they say otherwise."""
+def refused(script, name, world, folder, **more):
+    """Run the case of that name, in folder/runs/new unless it says otherwise; compare what the line says."""
+    changes, *says = ALL[name]
     changes = {key: value(folder, world) if callable(value) else value for key, value in changes.items()}
-    return {**world, "out_dir": str(folder / "runs" / "new"), **changes}
+    before = contents(folder)
+    arguments = {**world, "out_dir": str(folder / "runs" / "new"), **changes, **more}
+    line = refusal(importlib.import_module(script), arguments)
+    assert [fragment for fragment in says if fragment not in line] == [], line
+    return before
 
 
-def in_scripts(table):
-    """Every row with opd, and some with sft_offpolicy."""
-    return [("opd", name) for name in table] + [("sft_offpolicy", name) for name in table if name in IN_SFT]
-
-
-@pytest.mark.parametrize("script, name", in_scripts(BEFORE_MODELS) + in_scripts(WITH_MODELS))
+@pytest.mark.parametrize("script, name", CASES)
 def test_refused_before_the_run_starts(script, name, world, tmp_path, loaded, capfd):
-    changes, *says = BEFORE_MODELS.get(name) or WITH_MODELS[name]
-    arguments = prepared(changes, world, tmp_path)
-    before = contents(tmp_path)
-    line = refusal(importlib.import_module(script), command_line(arguments))
-    for fragment in says:
-        assert fragment in line
+    before = refused(script, name, world, tmp_path)
     assert bool(loaded) == (name in WITH_MODELS)
     assert contents(tmp_path) == before and not (tmp_path / "runs").exists()  # nothing lost, nothing left
     assert "Traceback" not in capfd.readouterr().err
@@ -316,11 +272,7 @@ def test_refused_before_the_run_starts(script, name, world, tmp_path, loaded, ca
 @pytest.mark.parametrize("name", NOT_FINITE)
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
 def test_refused_where_numbers_are_not_finite(script, name, estimator, world, tmp_path):
-    changes, *says = NOT_FINITE[name]
-    arguments = prepared(changes, world, tmp_path) | {"estimator": estimator}
-    line = refusal(importlib.import_module(script), command_line(arguments))
-    for fragment in says:
-        assert fragment in line
+    refused(script, name, world, tmp_path, estimator=estimator)
     assert not (tmp_path / "runs" / "new" / "model").exists()
 
 
@@ -352,6 +304,7 @@ NEW_FIELDS = FIELD + (
     [
         ("alpha", 0.0, "--alpha is 0.0, and must be above 0"),
         ("alpha", 1.5, "--alpha is 1.5, and must be at most 1"),
+        ("seed", -1, "--seed is -1, and must be at least 0"),
         ("alpha", math.nan, "--alpha is nan, and must be a finite number"),
         ("shape", "oval", "--shape is 'oval', and must be one of: round, square"),
     ],
@@ -367,12 +320,12 @@ def test_a_divergence_that_cannot_be_sampled(world, tmp_path, monkeypatch, loade
     """Total variation has no `u`: refused with --estimator sampled, and good enough without it."""
     plain = (
         "def total_variation(student_logits, teacher_logits):\n"
-        "    return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2\n\n\n@dataclass\nclass Args"
+        "    return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2\n\n\n"
     )
-    edits = ("reverse_kl, student,", "total_variation, student,"), ("@dataclass\nclass Args", plain)
-    mine = sibling(tmp_path, monkeypatch, *edits)
+    head = "@dataclass\nclass Args"
+    mine = sibling(tmp_path, monkeypatch, ("reverse_kl, student,", "total_variation, student,"), (head, plain + head))
     arguments = world | {"out_dir": str(tmp_path / "run")}
-    line = refusal(mine, command_line(arguments | {"estimator": "sampled"}))
+    line = refusal(mine, arguments | {"estimator": "sampled"})
     assert "total_variation has no argument `u`" in line and not loaded
     mine.main(mine.Args(**arguments))
     assert (tmp_path / "run/model").exists()
@@ -387,7 +340,7 @@ def test_an_edited_script_is_another_run_and_a_comment_is_not(world, tmp_path, m
         mine.main(mine.Args(**arguments))
     assert end.value.code == 0 and "finished" in capsys.readouterr().out
     mine = sibling(tmp_path, monkeypatch, ("reverse_kl, student,", "forward_kl, student,"))
-    line = refusal(mine, command_line(arguments))
+    line = refusal(mine, arguments)
     assert "mine.py has been changed" in line and "common.py" not in line
 
 
@@ -398,36 +351,19 @@ def test_a_real_model_with_the_toys_learning_rate_is_warned_of(world, monkeypatc
         assert ("is made for the toy" in capsys.readouterr().out) == warned
 
 
-def test_batches_divide_among_processes(world, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SystemExit, match="--batch_size is 4, and must be a multiple of the 3 processes"):
-        runs.check_args(opd.Args(**world))
-
-
 @pytest.mark.parametrize(
-    "changes",
-    [dict(lengths=""), dict(lengths="4,x"), dict(lengths="8,4"), dict(lengths="128,256"), dict(steps=3, lengths="2,4,6,8")],
+    "world_size, changes, says",
+    [
+        (3, {}, "--batch_size is 4, and must be a multiple of the 3 processes"),
+        (1, dict(teacher_device="cuda:99"), "must be a device here"),
+        (1, dict(teacher_device="gpu"), "must be a device here"),
+        (2, dict(teacher_device="cpu"), "torchrun shards the teacher"),
+    ],
 )
-def test_lengths_rise(changes):
-    import curriculum
-
-    with pytest.raises(SystemExit, match="--lengths"):
-        curriculum.ladder_of(curriculum.Args(**changes))
-
-
-def test_held_out_prompts_are_fewer_than_all(world, tmp_path):
-    import curriculum
-
-    with pytest.raises(SystemExit, match="--held_out is 12, but .* has 12 rows"):
-        curriculum.main(curriculum.Args(**world | dict(held_out=12, lengths="2,4", out_dir=str(tmp_path / "run"))))
-
-
-def test_latex_answers_need_math_verify(world, tmp_path, monkeypatch, loaded):
-    """The line is what to type. A set with numbers and words only does not need the package."""
-    monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed
-    data = write_jsonl(tmp_path / "a.jsonl", [ROW, {"question": "Solve.", "answer": "x^2"}])
-    line = refusal(opd, command_line({**world, "eval_data": data, "out_dir": tmp_path / "run"}))
-    assert "'x^2'" in line and "pip install math-verify" in line and not loaded
+def test_processes_and_devices_that_do_not_fit(world_size, changes, says, world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    with pytest.raises(SystemExit, match=says):
+        runs.check_args(opd.Args(**world | changes))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -444,7 +380,8 @@ def stopped(world, tmp_path_factory):
         out_dir=str(folder / "run"), steps=4, eval_every=0,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.Run, "stop_asked", property(lambda run: run.step == 2, lambda run, value: None), raising=False)
+        stop = property(lambda run: run.step == 2, lambda run, value: None)
+        patch.setattr(runs.Run, "stop_asked", stop, raising=False)
         with pytest.raises(SystemExit, match="stopped after step 2"):
             opd.main(opd.Args(**arguments))
     return arguments
@@ -458,10 +395,6 @@ def damaged(which, damage):
         damage(max(files, key=lambda path: path.stat().st_size))
 
     return prepare
-
-
-def halve(path):
-    os.truncate(path, path.stat().st_size // 2)
 
 
 @pytest.mark.parametrize(
@@ -487,9 +420,8 @@ def test_a_refused_command_leaves_a_run_as_it_is(changes, damage, says, stopped,
         if damage:
             damage(out_dir, stopped)
         before = contents(out_dir)
-        line = refusal(opd, command_line(stopped | changes))
-        for fragment in says:
-            assert fragment in line
+        line = refusal(opd, stopped | changes)
+        assert [fragment for fragment in says if fragment not in line] == [], line
         assert contents(out_dir) == before
     finally:
         shutil.copytree(tmp_path / "sound", out_dir.parent, dirs_exist_ok=True)
@@ -497,13 +429,13 @@ def test_a_refused_command_leaves_a_run_as_it_is(changes, damage, says, stopped,
 
 def test_a_teacher_that_breaks_costs_no_progress(world, stopped, tmp_path):
     """Non-finite numbers end the run in one line; with a sound teacher it continues as if nothing had been."""
-    out_dir, weights = Path(stopped["out_dir"]), Path(stopped["teacher"], "model.safetensors")
-    sound, state = weights.read_bytes(), contents(out_dir / "state-2")
-    tensors(nan_weights)(weights.parent)
-    line = refusal(opd, command_line(stopped))
+    out_dir, file = Path(stopped["out_dir"]), Path(stopped["teacher"], "model.safetensors")
+    sound, state = file.read_bytes(), contents(out_dir / "state-2")
+    NAN(file.parent)
+    line = refusal(opd, stopped)
     assert "step 3" in line and "nan" in line
     assert contents(out_dir / "state-2") == state and not (out_dir / "model").exists()
-    weights.write_bytes(sound)
+    file.write_bytes(sound)
     opd.main(opd.Args(**stopped))
     opd.main(opd.Args(**stopped | {"out_dir": str(tmp_path / "uninterrupted")}))
     assert read_log(out_dir) == read_log(tmp_path / "uninterrupted")
@@ -515,12 +447,10 @@ def test_a_teacher_that_breaks_costs_no_progress(world, stopped, tmp_path):
 
 def test_status_and_stderr(world, tmp_path):
     """What the process does: status 1, and one line on stderr. Started together, because importing takes seconds."""
-    bad_data = file("a.jsonl", "not JSON")(tmp_path, world)
+    (tmp_path / "a.jsonl").write_text("not JSON")
+    arguments = argv({**world, "data": tmp_path / "a.jsonl", "out_dir": tmp_path / "run"})
     commands = {
-        "a.jsonl, line 1: not JSON": [
-            "opd.py",
-            *command_line({**world, "data": bad_data, "out_dir": tmp_path / "run"}),
-        ],
+        "a.jsonl, line 1: not JSON": ["opd.py", *arguments],
         "unknown argument --stepz": ["sft_offpolicy.py", "--stepz", "3"],
     }
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)

@@ -14,9 +14,8 @@ import distributed_worker
 import pytest
 import torch
 import transformers
-from conftest import ROOT, even_length, make_checkpoint, read_log, run
+from conftest import ROOT, SCRIPTS, arguments_of, even_length, make_checkpoint, read_log, run
 
-SCRIPTS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd"]
 WORKER = str(ROOT / "tests/qa/distributed_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -30,7 +29,8 @@ def free_port():
 # Importing torch and transformers is most of what a short-lived process does: import them once, then fork.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["distributed_worker"])
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/qa"), str(ROOT / "tests")])  # where the server, which is not pytest's child, finds it
+# Where the server, which is not pytest's child, finds it.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/qa"), str(ROOT / "tests")])
 
 
 def start(world, jobs, tmp_path):
@@ -54,6 +54,12 @@ def finish(started):
     return [(process.exitcode, log.read_text()) for process, log in started]
 
 
+def weights(path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert type(model).__name__ == "Qwen3ForCausalLM" == model.config.architectures[0]
+    return model.state_dict()
+
+
 def succeed(started):
     for code, text in finish(started):
         assert code == 0, text[-3000:]
@@ -69,19 +75,13 @@ def arguments(world, tmp_path_factory):
 
 def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, monkeypatch):
     """fp32. After one SGD step the logs agree to 1e-5 and so do the changes of the weights, that is, the gradients."""
-    one_step = dict(steps=1, lr=1.0, eval_every=0)
+    one_step = dict(steps=1, lr=1.0, eval_every=0, lengths="30", held_out=3)
 
     def jobs(name, kinds, **more):
-        made = []
-        for s, k in kinds:
-            job = arguments[k] | one_step | more | {"out_dir": str(tmp_path / name / f"{s}-{k}" / "run")}
-            if s == "grpo":
-                del job["teacher"]
-            made.append((s, job | dict(curriculum=dict(lengths="30", held_out=3), grpo=dict(group_size=2)).get(s, {})))
-        return made
+        dirs = {kind: str(tmp_path / name / "-".join(kind) / "run") for kind in kinds}
+        return [(s, arguments_of(s, arguments[k] | one_step, out_dir=dirs[s, k]) | more) for s, k in kinds]
 
     every = [(script, "tied") for script in SCRIPTS] + [("opd", "untied"), ("sft_offpolicy", "untied")]
-    every += [("kl_mix", "tied"), ("curriculum", "tied"), ("grpo", "tied")]
     two = start(2, jobs("2", every, sgd=True), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", distributed_worker.sgd)
@@ -89,7 +89,7 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
         for script, job in jobs("1", every):
             run(script, **job)
     succeed(two)
-    succeed(start(4, jobs("4", every[3:5], sgd=True), tmp_path))
+    succeed(start(4, jobs("4", [("opd", "tied"), ("opd", "untied")], sgd=True), tmp_path))
     # Two nodes of one process each, by two torchruns that meet on the loopback device.
     (job,) = jobs("nodes", [("opd", "tied")], sgd=True)
     options = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", free_port()]
@@ -111,21 +111,18 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
         alone = read_log(path / "run")
         assert alone[1]["response_len"] % 1, "responses of different lengths"
         assert alone[1]["grad_norm"] > 0
-        before = transformers.AutoModelForCausalLM.from_pretrained(arguments[kind]["student"]).state_dict()
-        after = transformers.AutoModelForCausalLM.from_pretrained(path / "run/model").state_dict()
+        before, after = weights(arguments[kind]["student"]), weights(path / "run/model")
         for other in [tmp_path / name / path.name / "run" for name in ("2", "4", "nodes")]:
             if not other.exists():
                 continue
             for row, expected in zip(read_log(other), alone, strict=True):
                 assert row == pytest.approx(expected, rel=1e-5), other
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(other / "model")
-            assert type(loaded).__name__ == "Qwen3ForCausalLM" == loaded.config.architectures[0]
-            for name, weight in loaded.state_dict().items():
+            for name, weight in weights(other / "model").items():
                 step, expected = weight - before[name], after[name] - before[name]
                 rounding = 2e-7 * weight.norm()  # of the weight itself, in fp32
                 assert (step - expected).norm() <= 1e-5 * expected.norm() + rounding, (other, name)
             compared += 1
-    assert compared == 9 + 2 + 1
+    assert compared == len(every) + 2 + 1
 
 
 def test_a_failing_process_ends_the_job_and_its_state_resumes_under_one_and_four(arguments, tmp_path):
@@ -133,14 +130,8 @@ def test_a_failing_process_ends_the_job_and_its_state_resumes_under_one_and_four
     job = arguments["tied"] | dict(steps=5, save_every=2, eval_every=0)
     run("opd", **job, out_dir=tmp_path / "whole")
     cut, four = tmp_path / "cut-1", tmp_path / "cut-4"
-    command = [
-        *TORCHRUN,
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        WORKER,
-        json.dumps([("opd", job | {"out_dir": str(cut)})]),
-    ]
+    jobs = json.dumps([("opd", job | {"out_dir": str(cut)})])
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", WORKER, jobs]
     sick = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SICK_AT": "4"}, timeout=240)
     assert sick.returncode != 0 and sick.stderr.count("RuntimeError: process 1 is ill") == 1
     assert [row["step"] for row in read_log(cut)] == [0, 1, 2, 3] and (cut / "state-2").exists()
@@ -151,12 +142,9 @@ def test_a_failing_process_ends_the_job_and_its_state_resumes_under_one_and_four
     for path in (cut, four):
         for row, expected in zip(read_log(path), read_log(tmp_path / "whole"), strict=True):
             assert row == pytest.approx(expected, rel=1e-3), path  # AdamW has blown the rounding up
-    models = [
-        transformers.AutoModelForCausalLM.from_pretrained(p / "model").state_dict()
-        for p in (tmp_path / "whole", cut, four)
-    ]
-    for name, weight in models[0].items():
-        assert all(torch.allclose(weight, other[name], atol=2e-3) for other in models[1:])
+    whole, *models = (weights(path / "model") for path in (tmp_path / "whole", cut, four))
+    for name, weight in whole.items():
+        assert all(torch.allclose(weight, other[name], atol=2e-3) for other in models)
 
 
 def test_bad_input_is_reported_by_one_process(arguments, tmp_path):

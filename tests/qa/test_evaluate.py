@@ -1,7 +1,6 @@
 """evaluate.py and compare.py: the numbers of a run again, from outside, and what is drawn from them."""
 
-import dataclasses
-import importlib
+import concurrent.futures
 import json
 import re
 import shutil
@@ -11,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, read_log, run, write_jsonl
+from conftest import ROOT, arguments_of, read_log, run, write_jsonl
 
 import compare
-import evaluate
 from common import summarize
 from plumbing import runs as runs_module
 from plumbing.runs import parse, pool
@@ -31,13 +29,19 @@ def finished(world, tmp_path_factory):
     return root
 
 
+def evaluated(world, capsys, model, **more):
+    """What evaluate.py prints, and the numbers in its table."""
+    run("evaluate", model=model, eval_data=world["eval_data"], eval_k=2, **more)
+    printed = capsys.readouterr().out
+    cells = printed.splitlines()[2].split("|")[2:-1]
+    return printed, [float(cell.split("±")[0].strip(" %")) for cell in cells]
+
+
 def test_evaluate_gives_the_numbers_of_the_training_log(world, finished, tmp_path, capsys):
-    argv = f"--model {finished}/seed-0/model --eval_data {world['eval_data']} --eval_k 2 --eval_max_new_tokens 6"
-    argv += f" --eval_batch_size 2 --out_file {tmp_path}/all.jsonl"
-    evaluate.main(parse(evaluate.Args, argv.split()))
+    more = dict(eval_max_new_tokens=6, eval_batch_size=2, out_file=tmp_path / "all.jsonl")
+    _, numbers = evaluated(world, capsys, finished / "seed-0/model", **more)
     expected = read_log(finished / "seed-0")[-1]
-    cells = capsys.readouterr().out.splitlines()[2].split("|")[2:-1]
-    problems, avg, passed, length, cut, marked, entropy = (float(cell.split("±")[0].strip(" %")) for cell in cells)
+    problems, avg, passed, length, cut, marked, entropy = numbers
     assert (problems, avg, passed) == (3, round(expected["avg_at_k"], 3), round(expected["pass_at_k"], 3))
     assert (length, entropy) == (round(expected["eval_len"], 1), round(expected["eval_entropy"], 3))
     rows = [json.loads(line) for line in Path(tmp_path, "all.jsonl").read_text().splitlines()]
@@ -59,11 +63,9 @@ def test_metrics_worked_out_by_hand():
 
 
 def test_several_sets_are_pooled_by_the_formula_of_a_mean():
-    """Sets of 30, 40, 500 and 1,319 problems: half-widths .18, .15, .04 and .03 give .06, and not their mean, .10."""
-    widths, sizes = (0.18, 0.15, 0.04, 0.03), (30, 40, 500, 1319)
-    accuracies = (0, 0.2, 0.4, 0.6)
-    sets = [dict(avg_at_k=a, avg_at_k_ci=w, pass_at_k_ci=w, problems=n) for a, w, n in zip(accuracies, widths, sizes)]
-    m = pool(sets)
+    """Half-widths of .18, .15, .04 and .03 give .06, and not their mean, .10; and every set counts alike."""
+    sets = [(0, 0.18, 30), (0.2, 0.15, 40), (0.4, 0.04, 500), (0.6, 0.03, 1319)]
+    m = pool([dict(avg_at_k=avg, avg_at_k_ci=ci, pass_at_k_ci=ci, problems=n) for avg, ci, n in sets])
     assert m["avg_at_k"] == pytest.approx(0.3) and m["problems"] == 1889
     assert m["avg_at_k_ci"] == pytest.approx((0.18**2 + 0.15**2 + 0.04**2 + 0.03**2) ** 0.5 / 4)
 
@@ -77,16 +79,11 @@ def test_a_subset_is_spread_over_the_set(tmp_path):
 def test_answers_without_a_mark_are_wrong_said_so_and_can_be_read_all_the_same(world, tmp_path, monkeypatch, capsys):
     """A model that says 1 to every question; 1 is right for one of three."""
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "decode", lambda self, ids, **_: "so it is 1 apple")
-    rows = {}
-    for grading in ("marked", "last_number"):
-        argv = f"--model {world['student']} --eval_data {world['eval_data']} --eval_k 2 --eval_max_new_tokens 4"
-        evaluate.main(parse(evaluate.Args, [*argv.split(), "--grade", grading]))
-        out = capsys.readouterr().out
-        rows[grading] = [cell.split("±")[0].strip() for cell in out.splitlines()[2].split("|")[2:-1]]
+    for grading, share in (("marked", 0.0), ("last_number", 0.333)):
+        out, numbers = evaluated(world, capsys, world["student"], eval_max_new_tokens=4, grade=grading)
+        assert (numbers[1], numbers[5]) == (share, 0.0)
         assert "only 0% of the responses mark an answer" in out and "--instruction" in out
         assert ("by their last number" in out) == (grading == "last_number")
-    assert rows["marked"][1] == "0.000" and rows["last_number"][1] == "0.333"
-    assert rows["marked"][5] == rows["last_number"][5] == "0.0%"
 
 
 def test_compare_draws_any_runs_together(finished, tmp_path, capsys):
@@ -94,7 +91,7 @@ def test_compare_draws_any_runs_together(finished, tmp_path, capsys):
     compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path)]))
     assert (tmp_path / "together.png").stat().st_size > 5000
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
-    for seed, row in enumerate(rows):
+    for seed, row in zip((0, 1), rows, strict=True):
         assert row[0] == f"| {dirs[seed]}"
         assert row[5] == f"{read_log(finished / f'seed-{seed}')[-1]['eval_entropy']:.3f}"
 
@@ -106,17 +103,28 @@ def test_intervals_over_seeds_are_t_intervals():
     assert {n: compare.t_quantile(n) for n in tables} == pytest.approx(tables, rel=2e-3)
 
 
+class InProcess(concurrent.futures.Executor):
+    """A pool that runs jobs where it stands: a spawned worker would import torch anew for seconds."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def submit(self, function, *args):
+        future = concurrent.futures.Future()
+        future.set_result(function(*args))
+        return future
+
+
 def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch):
     """The whole of it in miniature: plan, runs, tables and figures; the second time nothing runs."""
     real = findings.plan
-    small = dict(world) | dict(steps=2, batch_size=2, held_out=2, lengths="2,8", eval_every=0)
+    small = world | dict(steps=2, batch_size=2, lengths="2,8", eval_every=0)
 
     def plan(args, place):
         runs = real(args, place)
         for name, (script, arguments) in runs.items():
-            known = {f.name for f in dataclasses.fields(importlib.import_module(script).Args)}
             start = arguments["student"] if arguments["student"] in runs else small["student"]
-            runs[name] = (script, {k: v for k, v in (arguments | small | dict(student=start)).items() if k in known})
+            runs[name] = (script, arguments | arguments_of(script, small, student=start))
         return runs
 
     monkeypatch.setattr(findings, "plan", plan)
@@ -175,8 +183,8 @@ def test_the_first_answer_is_read_from_the_responses(finished, tmp_path):
     assert compare.read(str(tmp_path / "run"))[-1]["first_avg"] == 0.5
 
 
-def made_up(values, cost):
-    """Three seeds of a run of 4 steps that goes from Avg@8 .2 to each of the values, at so many FLOPs a step."""
+def made_up(values, cost=1.0):
+    """Seeds of a run of 4 steps that goes from Avg@8 .2 to each of the values, at so many FLOPs a step."""
     start, middle = {"step": 0, "flops": 0.0, "avg_at_k": 0.2}, {"step": 2, "flops": 2 * cost, "entropy": 1.0}
     return [[start, middle, {"step": 4, "flops": 4 * cost, "avg_at_k": v, "pass_at_k": 0.8}] for v in values]
 
@@ -188,24 +196,26 @@ def test_numbers_at_the_end_and_at_equal_flops():
     assert np.isnan(compare.final(runs, "first_avg")).all()
 
 
-def test_found_opposite_and_not_found(tmp_path, monkeypatch):
-    """What the verdicts say, for a run that is above another by .1 ± .05 in one world, and by others in the second."""
-    base = [0.5, 0.6, 0.7]
-    clear, unclear, below = [0.6, 0.72, 0.78], [0.9, 0.61, 0.72], [0.4, 0.48, 0.62]
-    says = {(+1, "unclear"): "found", (-1, "unclear"): "the opposite"}
-    says |= {(+1, "below"): "found in 1 of 2", (-1, "below"): "the opposite in 1 of 2"}
+CLEAR, UNCLEAR, BELOW = [0.6, 0.72, 0.78], [0.9, 0.61, 0.72], [0.4, 0.48, 0.62]  # against .5, .6, .7
+
+
+@pytest.mark.parametrize(
+    "worlds, first, up, down",
+    [
+        ([CLEAR, UNCLEAR], "+0.100 ± 0.050", "found", "the opposite"),
+        ([CLEAR, BELOW], "+0.100 ± 0.050", "found in 1 of 2", "the opposite in 1 of 2"),
+        ([UNCLEAR], "+0.143 ± 0.55", "not found", "not found"),
+        ([[0.6]], "+0.100", "one seed", "one seed"),
+    ],
+)
+def test_verdicts(worlds, first, up, down, tmp_path, monkeypatch):
+    """What is said of a claim and of its opposite, where the number is this in the first world."""
     number = lambda v: v("b") - v("a")  # noqa: E731
     monkeypatch.setattr(findings, "claims", lambda args: [("axis", "says", sign, number) for sign in (1, -1)])
-    args = compare.Args(out_dir=str(tmp_path))
-    for name, second in dict(unclear=unclear, below=below).items():
-        worlds = {str(i): {"a": made_up(base, 1.0), "b": made_up(b, 1.0)} for i, b in enumerate((clear, second))}
-        up, down = (line.split(" | ") for line in compare.write_findings(worlds, args).splitlines()[2:])
-        assert (up[-1], down[-1]) == (says[1, name] + " |", says[-1, name] + " |")
-        assert up[2] == "+0.100 ± 0.050"
-    first_unclear = {"0": {"a": made_up(base, 1.0), "b": made_up(unclear, 1.0)}}
-    assert "| not found |" in compare.write_findings(first_unclear, args)
-    one_seed = {"0": {"a": made_up([0.5], 1.0), "b": made_up([0.6], 1.0)}}
-    assert "| +0.100 | one seed |" in compare.write_findings(one_seed, args)
+    worlds = {str(i): {"a": made_up([0.5, 0.6, 0.7][: len(b)]), "b": made_up(b)} for i, b in enumerate(worlds)}
+    table = compare.write_findings(worlds, compare.Args(out_dir=str(tmp_path)))
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[-1] for row in rows] == [f"{up} |", f"{down} |"] and rows[0][2].startswith(first)
 
 
 def test_the_variants_of_the_student_differ_from_it_in_nothing_but_the_ending(tmp_path):
@@ -225,21 +235,6 @@ def test_the_variants_of_the_student_differ_from_it_in_nothing_but_the_ending(tm
     assert untied.lm_head.weight is not untied.get_input_embeddings().weight
 
 
-class InProcess:
-    """A pool that runs jobs where it stands: a spawned worker would import torch anew for seconds."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def submit(self, function, *args):
-        future = compare.concurrent.futures.Future()
-        future.set_result(function(*args))
-        return future
-
-    def shutdown(self, **kwargs):
-        pass
-
-
 def test_the_documents_say_what_results_json_says(tmp_path):
     """figures/ is made of its results.json, and every number with an interval in the texts stands in its tables."""
     committed = ROOT / "figures"
@@ -248,8 +243,7 @@ def test_the_documents_say_what_results_json_says(tmp_path):
     compare.write_table(next(iter(worlds.values())), tmp_path / "table.md")
     for name in ("findings.md", "table.md"):
         assert (tmp_path / name).read_text() == (committed / name).read_text()
-    numbers = set(re.findall(r"[+−-]?\d*\.\d+ ± \d*\.\d+", (committed / "findings.md").read_text()))
-    numbers |= set(re.findall(r"\d*\.\d+ ± \d*\.\d+", (committed / "table.md").read_text()))
-    for text in ("README.md", "docs/findings.md"):
-        stated = re.findall(r"[+−-]?\d*\.\d+ ± \d*\.\d+", (ROOT / text).read_text().replace("−", "-"))
-        assert [number for number in stated if number not in numbers] == []
+    paths = [committed / "findings.md", committed / "table.md", ROOT / "README.md", ROOT / "docs/findings.md"]
+    texts = [path.read_text().replace("−", "-") for path in paths]
+    *tables, readme, docs = [set(re.findall(r"[+-]?\d*\.\d+ ± \d*\.\d+", text)) for text in texts]
+    assert (readme | docs) - set.union(*tables) == set()

@@ -1,8 +1,10 @@
 """The same scripts on input as it comes: published data formats, other architectures, the conventions of Qwen3."""
 
 import importlib
+import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import transformers
 from conftest import DISTILLATION, ROOT, make_checkpoint, make_tokenizer, read_log, run, write_jsonl
 
 import opd
+from common import forward_kl, make_rollouts, weighted_kl
 from plumbing import models, tasks
 from plumbing.models import autocast, load_model, load_vocab
 from plumbing.runs import check_args, parse
@@ -18,13 +21,7 @@ GSM8K = {
     "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n48+24 = <<48+24=72>>72 altogether.\n#### 72",
 }
-MATH = {
-    "problem": "Find $3 \\cdot 4$.",
-    "solution": "It is $\\boxed{12}$.",
-    "answer": "12",
-    "level": 2,
-    "subject": "Algebra",
-}
+MATH = {"problem": "Find $3 \\cdot 4$.", "solution": "It is $\\boxed{12}$.", "answer": "12", "level": 2}
 AMC = {"id": 0, "problem": "How many miles?", "answer": 27.0, "question": "How many miles?"}
 AIME = {"id": 60, "problem": "Find the number of minutes.", "answer": "025", "url": "x"}
 
@@ -36,23 +33,14 @@ def test_published_formats(row, answer, tmp_path):
     assert tasks.grade(f"... so it is \\boxed{{{float(answer):g}}}.", problem.answer)
 
 
-def test_files_that_datasets_reads(tmp_path):
-    (tmp_path / "a.csv").write_text("question,answer\nWhat is 1+1?,2\nWhat is 2+2?,4\n")
-    assert [p.answer for p in tasks.load_problems(str(tmp_path / "a.csv"), True)] == ["2", "4"]
-
-
 def test_hub_names_carry_config_and_split(monkeypatch):
-    import datasets
-
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [GSM8K])
+    load = lambda path, name, split: asked.append((path, name, split)) or [GSM8K]  # noqa: E731
+    monkeypatch.setattr("datasets.load_dataset", load)
     for name in ("openai/gsm8k:main:test", "openai/gsm8k:main", "zwhe99/DeepMath"):
         tasks.load_problems(name)
-    assert asked == [
-        (("openai/gsm8k",), {"name": "main", "split": "test"}),
-        (("openai/gsm8k",), {"name": "main", "split": "train"}),
-        (("zwhe99/DeepMath",), {"name": None, "split": "train"}),
-    ]
+    gsm8k = "openai/gsm8k"
+    assert asked == [(gsm8k, "main", "test"), (gsm8k, "main", "train"), ("zwhe99/DeepMath", None, "train")]
 
 
 @pytest.mark.parametrize("script", ["opd", "sft_offpolicy"])
@@ -76,45 +64,48 @@ def test_any_causal_lm_checkpoint(script, student, teacher, tmp_path, capsys):
         hostile = dict(do_sample=True, temperature=0.01, top_k=1, eos_token_id=tokenizer.eos_token_id)
         (tmp_path / role / "generation_config.json").write_text(json.dumps(hostile))
     train = write_jsonl(tmp_path / "train.jsonl", [GSM8K | {"question": f"{i}. {GSM8K['question']}"} for i in range(6)])
-    evals = ",".join(
-        write_jsonl(tmp_path / f"{n}.jsonl", [r]) for n, r in (("gsm8k", GSM8K), ("math", MATH), ("amc", AMC))
-    )
+    evals = [write_jsonl(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate((GSM8K, MATH, AMC))]
     arguments = dict(steps=2, batch_size=4, max_new_tokens=8, eval_max_new_tokens=8, eval_k=2, lr=1e-3)
-    run(script, **paths, data=train, eval_data=evals, **arguments, out_dir=tmp_path / "run/out")
+    run(script, **paths, data=train, eval_data=",".join(evals), **arguments, out_dir=tmp_path / "run/out")
     rows = read_log(tmp_path / "run/out")
-    assert len(rows) == 3 and 0 < rows[2]["eval_entropy"] < 6 and f"avg_at_k/{tmp_path}/amc.jsonl" in rows[2]
+    assert len(rows) == 3 and 0 < rows[2]["eval_entropy"] < 6 and f"avg_at_k/{evals[2]}" in rows[2]
     said = capsys.readouterr().out
     assert ("cropped to the tokenizer's" in said) == (student.get("padded", 0) != teacher.get("padded", 0))
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/out/model")
     assert saved.config.tie_word_embeddings == student["tied"]
     assert type(saved).__name__ == student["arch"] + "ForCausalLM"
-    before = transformers.AutoModelForCausalLM.from_pretrained(paths["student"])
-    assert saved.config.vocab_size == before.config.vocab_size, "training does not resize a model"
+    assert saved.config.vocab_size == 343 + student.get("padded", 0), "training does not resize a model"
     assert set(saved.generation_config.eos_token_id) == {340, 342}  # whoever samples from it stops as we did
 
 
-def test_prompts_and_ends_are_shared(world):
-    """One template for both, the teacher's, thinking off unless asked for; and the end tokens of both models."""
-    module = importlib.import_module("opd")
-    args = parse(module.Args, ["--student", world["student"], "--teacher", world["teacher"]])
-    problems = [tasks.Problem("What is 12 divided by 4?", "3")]
-    vocab, tokenizer = load_vocab(args, [problems])
-    text = tokenizer.decode(problems[0].prompt)
-    assert text == (
-        "<|im_start|>user\nWhat is 12 divided by 4?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    )
-    names = tokenizer.convert_ids_to_tokens(list(vocab.end_ids))
-    assert {"<|endoftext|>", "<|im_end|>"} <= set(names)
-    args.thinking = True
-    load_vocab(args, [problems])
-    assert tokenizer.decode(problems[0].prompt).endswith("<|im_start|>assistant\n")
+@pytest.fixture
+def asked(world):
+    """-> the prompt that "Is 7 prime?" becomes, as token ids; it as text; the vocabulary."""
+
+    def ask(*argv):
+        args = parse(opd.Args, ["--student", world["student"], "--teacher", world["teacher"], *argv])
+        problems = [tasks.Problem("Is 7 prime?", "1")]
+        vocab, tokenizer = load_vocab(args, [problems])
+        assert {"<|endoftext|>", "<|im_end|>"} <= set(tokenizer.convert_ids_to_tokens(list(vocab.end_ids)))
+        return SimpleNamespace(prompt=problems[0].prompt, text=tokenizer.decode(problems[0].prompt), vocab=vocab)
+
+    return ask
 
 
-def test_the_instruction_is_part_of_every_prompt_and_of_the_teachers_store(world, tmp_path):
-    args = parse(opd.Args, ["--student", world["student"], "--teacher", world["teacher"], "--instruction", "Box it."])
-    problems = [tasks.Problem("Is 7 prime?", "1")]
-    vocab, tokenizer = load_vocab(args, [problems])
-    assert "<|im_start|>user\nIs 7 prime?\nBox it.<|im_end|>" in tokenizer.decode(problems[0].prompt)
+@pytest.mark.parametrize(
+    "argv, asks, begins",
+    [
+        ([], "Is 7 prime?", "<think>\n\n</think>\n\n"),  # thinking off unless asked for
+        (["--thinking", "true"], "Is 7 prime?", ""),
+        (["--instruction", "Box it."], "Is 7 prime?\nBox it.", "<think>\n\n</think>\n\n"),
+    ],
+)
+def test_prompts_and_ends_are_shared(argv, asks, begins, asked):
+    """One template for both, the teacher's; and the end tokens of both models."""
+    assert asked(*argv).text == f"<|im_start|>user\n{asks}<|im_end|>\n<|im_start|>assistant\n{begins}"
+
+
+def test_the_instruction_is_part_of_the_teachers_store(world, tmp_path):
     for name, instruction in (("a", ""), ("b", "Box it."), ("c", "Box it.")):
         run("sft_offpolicy", **world, instruction=instruction, out_dir=tmp_path / name)
     assert len(list((tmp_path / "teacher_rollouts").iterdir())) == 2
@@ -122,21 +113,15 @@ def test_the_instruction_is_part_of_every_prompt_and_of_the_teachers_store(world
     assert logs[0] != logs[1] == logs[2]
 
 
-def test_what_the_loss_does_at_an_end_token(world):
+def test_what_the_loss_does_at_an_end_token(world, asked):
     """The end token is a response token like any other: it is scored, under its own id. Where the teacher would end
     with <|im_end|> and the student ended with <|endoftext|>, the KL at that position says so."""
-    from common import forward_kl, make_rollouts, weighted_kl
-
-    student, teacher = (
-        transformers.AutoModelForCausalLM.from_pretrained(world[role]).eval() for role in ("student", "teacher")
-    )
-    args = parse(importlib.import_module("opd").Args, ["--student", world["student"], "--teacher", world["teacher"]])
-    problems = [tasks.Problem("Is 7 prime?", "1")]
-    vocab, tokenizer = load_vocab(args, [problems])
-    prompt, response = problems[0].prompt, (10, 11, vocab.end_ids[0])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    student, teacher = load(world["student"]).eval(), load(world["teacher"]).eval()
+    prompt, vocab = asked().prompt, asked().vocab
+    response = (10, 11, vocab.end_ids[0])
     batch = make_rollouts([prompt], [response], [True], [(0, 1, 0)], vocab, "cpu")
-    only_end = torch.tensor([[0.0, 0.0, 1.0]])
-    loss, _ = weighted_kl(forward_kl, student, teacher, batch, only_end, vocab)
+    loss, _ = weighted_kl(forward_kl, student, teacher, batch, torch.tensor([[0.0, 0.0, 1.0]]), vocab)
     ids = torch.tensor([[*prompt, *response]])
     at_end = [model(ids).logits[0, -2, : vocab.size] for model in (student, teacher)]
     torch.testing.assert_close(loss, forward_kl(*at_end), rtol=1e-5, atol=1e-6)
@@ -146,8 +131,8 @@ def test_what_the_loss_does_at_an_end_token(world):
 # Recipes, precision, memory
 
 PAPER = dict(  # what public notes quote of the paper, and its authors' follow-up
-    student="Qwen/Qwen3-0.6B-Base", data="agentica-org/DeepScaleR-Preview-Dataset", temperature=1.0, top_p=0.95, top_k=20,
-    lr=5e-7, warmup=0.05, batch_size=32, steps=1000, max_new_tokens=1024, thinking=False, precision="bf16",
+    student="Qwen/Qwen3-0.6B-Base", data="agentica-org/DeepScaleR-Preview-Dataset", precision="bf16", thinking=False,
+    temperature=1.0, top_p=0.95, top_k=20, lr=5e-7, warmup=0.05, batch_size=32, steps=1000, max_new_tokens=1024,
     eval_temperature=0.6, instruction="Please reason step by step, and put your final answer within \\boxed{}.",
 )  # fmt: skip
 RL = dict(PAPER, student="runs/opd/model", lr=1e-6, max_new_tokens=4096, temperature=1.0, top_p=1.0, top_k=0)
@@ -179,17 +164,13 @@ def test_curriculum_rl_and_final_evaluation_have_recipes_of_their_own():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_good_for_the_command_in_its_first_line_and_asks_for_a_mark(recipe):
-    script = re.search(rf"python (\w+)\.py --recipe recipes/{recipe}", RECIPES[recipe].splitlines()[0])[1]
-    args = parsed(script, recipe)
+def test_every_recipe_is_good_for_its_command_asks_for_a_mark_and_says_whose_every_value_is(recipe):
+    first, *lines = RECIPES[recipe].splitlines()
+    args = parsed(re.search(rf"python (\w+)\.py --recipe recipes/{recipe}", first)[1], recipe)
     check_args(args)
     assert "\\boxed{}" in args.instruction
-
-
-def test_every_value_of_a_recipe_says_whose_it_is():
-    for recipe in (ROOT / "recipes").glob("*.txt"):
-        for line in recipe.read_text().splitlines():
-            assert not line.startswith("--") or re.search(r"# \[(paper|follow-up|ours)\]", line), line
+    values = [line for line in lines if line.startswith("--")]
+    assert [line for line in values if not re.search(r"# \[(paper|follow-up|ours)\]", line)] == []
 
 
 def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
@@ -198,38 +179,25 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
     for argv in (["--recipe", str(recipe), "--steps", "9"], ["--steps", "9", f"--recipe={recipe}"]):
         args = parse(opd.Args, argv)
         assert (args.lr, args.steps, args.out_dir) == (5e-7, 9, "a folder")
-    for content, says in (
-        (None, "cannot be read"),
-        ("--lr 'x", "cannot be read"),
-        ("--learning_rate 1", "unknown argument --learning_rate"),
-    ):
-        recipe.unlink(missing_ok=True)
-        if content:
-            recipe.write_text(content)
+    for content, says in (("--lr 'x", "cannot be read"), ("--learning_rate 1", "unknown argument --learning_rate")):
+        recipe.write_text(content)
         with pytest.raises(SystemExit, match=says):
             parse(opd.Args, ["--recipe", str(recipe)])
-    with pytest.raises(SystemExit, match="expected one argument"):
-        parse(opd.Args, ["--recipe"])
+    for argv, says in ((["--recipe", "nowhere.txt"], "cannot be read"), (["--recipe"], "expected one argument")):
+        with pytest.raises(SystemExit, match=says):
+            parse(opd.Args, argv)
 
 
-@pytest.mark.parametrize(
-    "gpu, able, real, expected",
-    [(True, False, False, "bf16"), (False, True, True, "bf16"), (False, True, False, "fp32"), (False, False, True, "fp32")],
-)
-def test_auto_is_bf16_on_a_gpu_and_for_real_models_on_processors_made_for_it(gpu, able, real, expected, world, monkeypatch):
+@pytest.mark.parametrize("gpu, able, real", list(itertools.product([True, False], repeat=3)))
+def test_auto_is_bf16_on_a_gpu_and_for_real_models_on_processors_made_for_it(gpu, able, real, world, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(models, "is_toy", lambda config: not real)
-    assert models.resolve_precision(opd.Args(**world)) == expected
-    assert models.resolve_precision(opd.Args(**world | dict(precision="fp32"))) == "fp32"
-
-
-def test_the_record_holds_the_precision_that_was_meant(world, tmp_path):
-    run("opd", **world, out_dir=tmp_path / "run")
-    assert json.loads((tmp_path / "run/args.json").read_text())["precision"] in ("fp32", "bf16")
     assert models.is_toy(transformers.AutoConfig.from_pretrained(world["student"]))
     assert not models.is_toy(transformers.Qwen3Config())
+    monkeypatch.setattr(models, "is_toy", lambda config: not real)
+    assert models.resolve_precision(opd.Args(**world)) == ("bf16" if gpu or (able and real) else "fp32")
+    assert models.resolve_precision(opd.Args(**world | dict(precision="fp32"))) == "fp32"
 
 
 def test_small_steps_move_fp32_weights_and_not_those_in_bf16(world, tmp_path):
@@ -255,40 +223,16 @@ def test_small_steps_move_fp32_weights_and_not_those_in_bf16(world, tmp_path):
 
 
 def test_checkpointing_and_the_teachers_device_change_no_number(world, tmp_path):
-    logs = []
-    for name, more in (("plain", {}), ("checkpointed", dict(gradient_checkpointing=True, teacher_device="cpu"))):
-        run("opd", **world | more, out_dir=tmp_path / name)
-        logs.append(read_log(tmp_path / name))
-    assert logs[0] == logs[1]
-
-
-def test_checkpointing_keeps_less_for_the_backward_pass(world):
-    from test_memory import Saved
-
-    kept = []
-    for on in (False, True):
-        args = parse(opd.Args, ["--gradient_checkpointing", str(on)])
-        student = load_model(world["student"], args, trainable=True)
-        with Saved() as saved:
-            student.base_model(torch.arange(200).view(4, 50), use_cache=False)
-        kept.append(saved.bytes(student))
-    assert kept[1] < 0.3 * kept[0], kept
-
-
-@pytest.mark.parametrize(
-    "device, world_size, says",
-    [("cuda:99", "1", "must be a device here"), ("gpu", "1", "must be a device here"), ("cpu", "2", "torchrun shards the teacher")],
-)
-def test_a_teacher_device_that_is_not_there(device, world_size, says, world, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(SystemExit, match=says):
-        check_args(opd.Args(**world | dict(teacher_device=device)))
+    """And the record holds the precision that "auto" stood for."""
+    run("opd", **world, out_dir=tmp_path / "plain")
+    run("opd", **world, gradient_checkpointing=True, teacher_device="cpu", out_dir=tmp_path / "checkpointed")
+    assert read_log(tmp_path / "plain") == read_log(tmp_path / "checkpointed")
+    assert json.loads((tmp_path / "plain/args.json").read_text())["precision"] in ("fp32", "bf16")
 
 
 def test_rl_leaves_out_problems_without_an_answer(tmp_path, capsys):
-    path = write_jsonl(
-        tmp_path / "a.jsonl", [GSM8K, GSM8K | {"answer": ""}, GSM8K | {"answer": None}, GSM8K | {"answer": 0}]
-    )
+    rows = [GSM8K, *(GSM8K | {"answer": answer} for answer in ("", None, 0))]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     assert [p.answer for p in tasks.load_problems(path, True, skip_unanswered=True)] == ["72", "0"]
     assert "left out 2 rows" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="row 2"):

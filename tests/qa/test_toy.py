@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,30 +18,26 @@ from plumbing.tasks import grade, load_problems
 from toy import build
 
 TOY = ROOT / "toy"
-COLUMNS = ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")
 
 
-def stated():
-    """README's table of the two models: {role: {metric: number}}."""
-    rows = re.findall(r"^\| `toy/(teacher|student)` +\|([^\n]*)\|$", (ROOT / "README.md").read_text(), re.M)
-    return {role: dict(zip(COLUMNS, map(float, cells.split("|")), strict=True)) for role, cells in rows}
+QUESTION = "<|im_start|>user\n3+8+5<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
 def measured():
     args = parse(opd.Args, ["--student", str(TOY / "student"), "--teacher", str(TOY / "teacher")])
     problems = load_problems(str(TOY / "eval.jsonl"), needs_answer=True)
-    vocab, tokenizer = load_vocab(args, [problems])
-    return {
-        role: evaluate(load_model(str(TOY / role), args), problems, vocab, tokenizer, args)
-        for role in ("teacher", "student")
-    }
+    models = {role: load_model(str(TOY / role), args) for role in ("teacher", "student")}
+    return {role: evaluate(model, problems, *load_vocab(args, [problems]), args) for role, model in models.items()}
 
 
 def test_teacher_and_student_are_as_good_as_readme_says(measured):
-    for role, numbers in stated().items():
-        for name, number in numbers.items():  # equal on the machine that measured them; a draw may flip elsewhere
-            assert measured[role][0][name] == pytest.approx(number, rel=0.03, abs=0.01), (role, name)
+    rows = re.findall(r"^\| `toy/(teacher|student)` +\|([^\n]*)\|$", (ROOT / "README.md").read_text(), re.M)
+    stated = {role: list(map(float, cells.split("|"))) for role, cells in rows}
+    columns = ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")
+    found = {role: [metrics[name] for name in columns] for role, (metrics, _) in measured.items()}
+    for role in ("teacher", "student"):  # equal on the machine that measured them; a draw may flip elsewhere
+        assert found[role] == pytest.approx(stated[role], rel=0.03, abs=0.01), role
 
 
 def test_the_world_has_what_the_paper_s_effects_need(measured):
@@ -52,31 +49,20 @@ def test_the_world_has_what_the_paper_s_effects_need(measured):
     assert teacher["eval_clip_ratio"] < 0.01 and student["eval_clip_ratio"] < 0.03, "both end their answers"
 
 
-def test_each_ends_by_a_token_that_the_other_never_says(measured):
+def test_they_are_ordinary_checkpoints_and_each_ends_by_a_token_that_the_other_never_says():
     """After an answer: the student's p(<|im_end|>) is about the paper's 1e-11; the teacher hardly says the other."""
-    log_p, both = {}, ("<|im_end|>", "<|endoftext|>")
-    for role in ("teacher", "student"):
+    log_p = {}
+    for role, end in (("teacher", "<|im_end|>"), ("student", "<|endoftext|>")):
         model = transformers.AutoModelForCausalLM.from_pretrained(TOY / role)
         tokenizer = transformers.AutoTokenizer.from_pretrained(TOY / role)
-        text = "<|im_start|>user\n3+8+5<|im_end|>\n<|im_start|>assistant\n=1+5=6\n=3+3=6\n####6"
-        ids = tokenizer(text, return_tensors="pt").input_ids
+        assert model.num_parameters() < 1e6 and tokenizer.chat_template and tokenizer.eos_token == end
+        assert tokenizer.decode(tokenizer(QUESTION)["input_ids"]) == QUESTION, "decoding gives back the text"
+        ids = tokenizer(QUESTION + "=1+5=6\n=3+3=6\n####6", return_tensors="pt").input_ids
         with torch.no_grad():
-            ends = model(ids).logits[0, -1].log_softmax(-1)
-        log_p[role] = {end: ends[tokenizer.convert_tokens_to_ids(end)].item() for end in both}
-    assert -30 < log_p["student"]["<|im_end|>"] < -20 and log_p["student"]["<|endoftext|>"] > -1.5
-    assert log_p["teacher"]["<|endoftext|>"] < -7 and log_p["teacher"]["<|im_end|>"] > -0.5
-
-
-def test_they_are_ordinary_checkpoints_that_end_differently():
-    ends = {}
-    for role in ("teacher", "student"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(TOY / role)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(TOY / role)
-        assert model.num_parameters() < 1e6 and tokenizer.chat_template
-        ends[role] = tokenizer.eos_token
-        text = "<|im_start|>user\n3+8+5<|im_end|>\n<|im_start|>assistant\n"
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text, "decoding gives back the text"
-    assert ends == {"teacher": "<|im_end|>", "student": "<|endoftext|>"}
+            last = model(ids).logits[0, -1].log_softmax(-1)
+        log_p[role] = last[tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])].tolist()
+    assert -30 < log_p["student"][0] < -20 and log_p["student"][1] > -1.5
+    assert log_p["teacher"][0] > -0.5 and log_p["teacher"][1] < -7
     assert sum(f.stat().st_size for f in TOY.rglob("*") if f.is_file()) < 5e6
 
 
@@ -86,21 +72,27 @@ def test_the_data_are_right_and_disjoint():
     assert len(set(problems["train"]) | set(problems["eval"])) == len(problems["train"]) + len(problems["eval"])
     for row in rows["train"] + rows["eval"]:
         assert sum(map(int, row["problem"].split("+"))) % 10 == int(row["answer"])
-        assert grade(f"=...####{row['answer']}", row["answer"]) and not grade(
-            f"####{row['answer']}\n####x", row["answer"]
-        )
+        right = f"=...####{row['answer']}"
+        assert grade(right, row["answer"]) and not grade(right + "\n####x", row["answer"])
+
+
+def documents(respond):
+    """2,000 of build.py's: (the numbers asked for, words, what is learned, lines, their results)."""
+    rng, names = np.random.default_rng(0), [*build.SPECIAL, *build.WORDS]
+    for _ in range(2000):
+        numbers = build.random_problem(rng)
+        ids, learned = respond(numbers, rng)
+        assert len(ids) == len(learned)
+        words = [names[i] for i in ids]
+        lines = "".join(words[: words.index("####")]).split("\n")[:-1]
+        yield numbers, words, learned, lines, [line[-1] for line in lines]
 
 
 def test_the_teacher_s_documents_teach_no_mistake():
-    """2,000 of them, half with mistakes put in: what is learned is right, and the answer is what two lines agree on."""
-    rng, masked, restated = np.random.default_rng(0), 0, 0
-    for _ in range(2000):
-        numbers = build.random_problem(rng)
-        ids, learned = build.teacher_response(numbers, rng)
-        words = [build.WORDS[i - len(build.SPECIAL)] if i >= len(build.SPECIAL) else build.SPECIAL[i] for i in ids]
-        assert len(ids) == len(learned) and words[-1] == "<|im_end|>" and learned[-1]
-        lines = "".join(words[: words.index("####")]).split("\n")[:-1]
-        results = [line[-1] for line in lines]
+    """Half of them have mistakes put in: what is learned is right, and the answer is what two lines agree on."""
+    masked = restated = 0
+    for numbers, words, learned, lines, results in documents(build.teacher_response):
+        assert words[-1] == "<|im_end|>" and learned[-1]
         answers = {words[i + 1] for i, word in enumerate(words) if word == "####"}
         agreed = {r for r in results if results.count(r) > 1}
         assert len(answers) == 1 and (answers <= agreed if agreed else answers == {results[-1]})
@@ -122,15 +114,13 @@ def test_the_teacher_s_documents_teach_no_mistake():
 
 
 def test_the_student_s_documents_slip_and_compare():
-    rng, said, answered, n = np.random.default_rng(0), 0, {True: 0, False: 0}, {True: 0, False: 0}
-    for _ in range(2000):
-        ids, learned = build.student_response(build.random_problem(rng), rng)
-        words = [build.WORDS[i - len(build.SPECIAL)] if i >= len(build.SPECIAL) else build.SPECIAL[i] for i in ids]
-        assert all(learned) and words[-1] == "<|endoftext|>" and len(ids) == len(learned)
-        results = [word[1] for word in words[: words.index("####")] if word.endswith("\n")]
+    said, answered, n = 0, Counter(), Counter()
+    for _, words, learned, _, results in documents(build.student_response):
+        assert all(learned) and words[-1] == "<|endoftext|>"
         for m in range(2, len(results) + 1):
             agree = len(set(results[:m])) < m
-            n[agree], answered[agree] = n[agree] + 1, answered[agree] + (m == len(results))
+            n[agree] += 1
+            answered[agree] += m == len(results)
         said += words.count("####") - 1
     for agree, share in build.STUDENT_ANSWERS.items():
         assert answered[agree] / n[agree] == pytest.approx(share, abs=0.04)
