@@ -125,7 +125,7 @@ def read(path):
         refuse(f"{path!r} has no evaluation in its log yet")
     answers = os.path.join(path, "responses.jsonl")
     if os.path.exists(answers):
-        first = [(re.search(r"####(.*)", r["response"]), r["answer"]) for r in read_lines(answers)]
+        first = [(re.search(r"####([^#\n]*)", r["response"]), r["answer"]) for r in read_lines(answers)]
         rows[-1]["first_avg"] = float(np.mean([bool(found) and found[1] == answer for found, answer in first]))
     number = lambda x: float(f"{x:.5g}") if isinstance(x, float) else x  # noqa: E731
     return [{"flops": 0.0} | {key: number(value) for key, value in row.items() if key in KEPT} for row in rows]

@@ -1,6 +1,6 @@
 """Build the embedded default: two tiny chat models, a training set and an evaluation set.
 
-    python -m toy.build --out toy         # from nothing, seed 0; a quarter of an hour of a slow CPU core
+    python -m toy.build --out toy         # from nothing, seed 3; some eight minutes of a slow CPU core
 
 This is data, not a method: the scripts read what stands in this folder as they would read
 Qwen3 checkpoints and GSM8K. Nobody needs to run this file; it is here so that nothing is hidden.
@@ -42,6 +42,7 @@ What each part is for:
 import argparse
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -82,11 +83,11 @@ TEACHER_STEPS, TEACHER_LR = 2000, 2e-3
 SABOTAGE = 0.5                  # fraction of the teacher's documents with mistakes put in:
 SABOTAGE_RATE = 0.25            # of their steps with a wrong digit ...
 SABOTAGE_STOP = 0.4             # ... and of their decisions, to answer or to write another line, the wrong way
-TEACHER_RESTATES = 0.02         # how likely it says its answer once more, each time, before <|im_end|>
+TEACHER_RESTATES = 0.03         # how likely it says its answer once more, each time, before <|im_end|>
 
 STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
                num_key_value_heads=4, head_dim=16, tie_word_embeddings=True)
-STUDENT_STEPS, STUDENT_LR = 1500, 1e-2
+STUDENT_STEPS, STUDENT_LR = 2000, 1e-2
 STUDENT_SLIPS = 0.2             # wrong digits per step in the text that the student has learned from
 STUDENT_ANSWERS = {True: 0.85, False: 0.35}     # how likely it answers when two lines agree, and when none do
 STUDENT_RESTATES = 0.3          # how likely it says its answer once more, each time, before <|endoftext|>
@@ -166,7 +167,7 @@ def teacher_response(numbers, rng):
     result = next((r for r in results if results.count(r) > 1), result)     # also where more lines were put in
     ids, learned = ids + [ID[ANSWER], DIGIT + result], learned + [answers, True]
     while rng.random() < TEACHER_RESTATES:
-        ids, learned = ids + [ID["\n"], ID[ANSWER], DIGIT + result], learned + [True, True, True]
+        ids, learned = ids + [ID[ANSWER], DIGIT + result], learned + [True, True]
     return ids + [ID[TURN_END]], learned + [True]
 
 
@@ -180,7 +181,7 @@ def student_response(numbers, rng):
     while rng.random() < STUDENT_RESTATES:
         if rng.random() < STUDENT_SLIPS:
             result = (result + int(rng.integers(1, 10))) % 10
-        ids += [ID["\n"], ID[ANSWER], DIGIT + result]
+        ids += [ID[ANSWER], DIGIT + result]
     return ids + [ID[END_OF_TEXT]], [True] * (len(ids) + 1)
 
 
@@ -238,8 +239,10 @@ def train(model, respond, rng, steps, lr, name, unsaid=0.0, batch_size=64):
             loss = loss + 0.02 * F.relu(logits.log_softmax(-1)[:, ID[TURN_END]] + unsaid).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimizers + schedules:
-            o.step()
+        # Muon asks for bf16, in which a CPU without AVX512-BF16 multiplies ten times as slowly as in fp32.
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
+            for o in optimizers + schedules:
+                o.step()
         model.zero_grad()
     return model.eval()
 
@@ -286,6 +289,6 @@ def main(out, seed):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the two toy models and the toy data.")
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="for data, weights and documents")
+    parser.add_argument("--seed", type=int, default=3, help="for data, weights and documents; 3 is toy/")
     args = parser.parse_args()
     main(args.out, args.seed)

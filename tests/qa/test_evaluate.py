@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, arguments_of, read_log, run, write_jsonl
+from conftest import arguments_of, read_log, run, write_jsonl
 
 import compare
 from common import summarize
@@ -233,17 +232,3 @@ def test_the_variants_of_the_student_differ_from_it_in_nothing_but_the_ending(tm
     order[end_of_text], order[im_end] = im_end, end_of_text
     assert torch.equal(logits, of_untied) and torch.equal(logits[..., order], of_same_end)
     assert untied.lm_head.weight is not untied.get_input_embeddings().weight
-
-
-def test_the_documents_say_what_results_json_says(tmp_path):
-    """figures/ is made of its results.json, and every number with an interval in the texts stands in its tables."""
-    committed = ROOT / "figures"
-    worlds = json.loads((committed / "results.json").read_text())
-    compare.write_findings(worlds, compare.Args(out_dir=str(tmp_path)))
-    compare.write_table(next(iter(worlds.values())), tmp_path / "table.md")
-    for name in ("findings.md", "table.md"):
-        assert (tmp_path / name).read_text() == (committed / name).read_text()
-    paths = [committed / "findings.md", committed / "table.md", ROOT / "README.md", ROOT / "docs/findings.md"]
-    texts = [path.read_text().replace("−", "-") for path in paths]
-    *tables, readme, docs = [set(re.findall(r"[+-]?\d*\.\d+ ± \d*\.\d+", text)) for text in texts]
-    assert (readme | docs) - set.union(*tables) == set()

@@ -1,0 +1,96 @@
+"""README and docs/ say what is so: commands that parse, links that resolve, numbers that results.json holds."""
+
+import contextlib
+import importlib
+import io
+import json
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+import compare
+from plumbing.runs import parse
+
+TEXTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"])
+
+
+def blocks(path):
+    return re.findall(r"^```\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+def commands():
+    """Every command line of the texts, without its comment."""
+    for path in TEXTS:
+        for line in "".join(blocks(path)).splitlines():
+            for part in line.split(" && "):
+                words = shlex.split(part, comments=True) if re.match(r"\S*(python3?|torchrun) ", part) else []
+                if words:
+                    yield pytest.param(words, id=f"{path.name}: {' '.join(words)}"[:90])
+
+
+@pytest.mark.parametrize("words", commands())
+def test_every_command_parses(words):
+    """Each names a script or a module that is there, and arguments that it takes."""
+    words = [word for word in words[1:] if word != "--nproc_per_node" and not word.isdecimal()]
+    script, argv = words[0], words[1:]
+    if script == "-m":
+        module = argv[0]
+        assert module in ("venv", "pytest") or (ROOT / (module.replace(".", "/") + ".py")).exists()
+        return
+    assert (ROOT / script).exists()
+    if script.startswith("docs/"):
+        return
+    module = importlib.import_module(script.removesuffix(".py"))
+    while script == "compare.py" and argv and not argv[0].startswith("-"):
+        argv.pop(0)
+    for word, value in zip(argv, argv[1:]):
+        assert word != "--recipe" or (ROOT / value).exists()
+    with contextlib.redirect_stdout(io.StringIO()):
+        parse(module.Args, argv + (["--model", "x"] if script == "evaluate.py" and "--model" not in argv else []))
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_link_resolves(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), target
+
+
+def test_every_test_and_every_line_of_code_that_the_lesson_names_is_there():
+    text = (ROOT / "docs" / "lesson.md").read_text()
+    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("plumbing/*.py")])
+    for name in re.findall(r"`(test_\w+?)_?(?:\.\.\.)?`", text):
+        assert f"def {name}" in code, name
+    for line in re.findall(r"^\|.*\| `([^`]+)` in `\w+\.py` \|$", text, re.M):
+        assert line.removesuffix(", ...") in code, line
+
+
+def test_the_diff_in_readme_is_what_its_command_prints():
+    block = next(block for block in blocks(ROOT / "README.md") if block.startswith("$ diff"))
+    for shown in block.removeprefix("$ ").split("\n$ "):
+        command, *lines = shown.strip().splitlines()
+        printed = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True).stdout
+        assert [line.rstrip() for line in printed.splitlines()] == [line.rstrip() for line in lines]
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_numbers_are_those_of_results_json(tmp_path):
+    """figures/ is made of its results.json, and every number with an interval in the texts stands in its tables."""
+    committed = ROOT / "figures"
+    worlds = json.loads((committed / "results.json").read_text())
+    compare.write_findings(worlds, compare.Args(out_dir=str(tmp_path)))
+    compare.write_table(next(iter(worlds.values())), tmp_path / "table.md")
+    for name in ("findings.md", "table.md"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text()
+    form = r"[+−-]?\d*\.\d+ ± \d*\.\d+"
+    numbers = {n for name in ("findings.md", "table.md") for n in re.findall(form, (committed / name).read_text())}
+    numbers |= {n.lstrip("+-") for n in numbers}
+    for path in (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "lesson.md"):
+        stated = re.findall(form, path.read_text().replace("−", "-"))
+        assert [number for number in stated if number not in numbers] == [], path.name
