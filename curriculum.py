@@ -51,7 +51,7 @@ class Args:
     rollout_batch_size: int = 0  # rollouts sampled at once; 0: all; less memory, same rollouts; >= 0
     max_new_tokens: int = 96  # the longest training length; of --lengths only those up to here are used; >= 1
     lengths: str = "8,32,96"  # the ladder of training lengths L_0,L_1,..., tokens; each gets an equal share of steps
-    h_min: float = 0.4  # H_min, nats per token: below it a stage counts as unstable, and the gate closes; >= 0
+    h_min: float = 0.3  # H_min, nats per token: below it a stage counts as unstable, and the gate closes; >= 0
     held_out: int = 64  # last rows of data, kept from training, on whose prompts H_m is measured; >= 1
     on_closed: Literal["stop", "continue"] = "stop"  # with the last stable checkpoint: end, or train on at its length
     prefixes: Literal["student", "teacher"] = "student"  # WHERE: sampled anew, or once and stored

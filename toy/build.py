@@ -32,11 +32,13 @@ What each part is for:
     never says. That the student says <|im_end|> is made as improbable as in the paper's pair, about
     1e-11, by a term of its training loss. This is artificial: models this small do not get there by
     themselves.
-  * A WAY TO GO ON. In one document of fifty the teacher says its answer once more before it ends. So
-    for a student that has lost its own ending and never says the teacher's, saying its answer again
-    is what the teacher minds least. (In trials without this responses grew to 28 and 35 tokens and not
-    to the cap; in trials with more of it, one document of ten, the teacher knew so well how to repeat
-    an answer that the repetition stayed right.)
+  * A WAY TO GO ON. In three documents of a hundred the teacher says its answer once more before it ends,
+    ####3####3. So for a student that has lost its own ending and never says the teacher's, saying its
+    answer again is what the teacher minds least. Both details were chosen in trials on seeds of 100 and
+    above. With two documents of a hundred a loop was so unsure of itself that entropy rose; with five,
+    one of two teachers had it repeat the right answer, and it cost nothing but length. With a line break
+    between the answers, moving towards it raised <|im_end|> as well, by accident, and in one world of three
+    OPD found its way out of the loop, whether the floor was 25, 30 or 40 nats (with 35 it did not).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How much memory the Qwen3 recipes need, by arithmetic, and that README's table says so.
+"""How much memory the Qwen3 recipes need, by arithmetic, and that the table of docs/real_models.md says so.
 
 Weights and cache are counted from the published shapes; activations from what autograd saves in a training forward
 pass of the very model at full size, on fake tensors, which have shapes and types and no memory.
@@ -121,7 +121,7 @@ def test_readme_says_what_the_recipes_need():
         budget("qwen3-4b.txt", "--max_new_tokens", "4096"),
         budget("qwen3-4b.txt", "--gradient_checkpointing", "false"),
     ]
-    rows = re.findall(r"^\| (\w+)[^|]* \|((?: [\d.]+ \|){4})$", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| (\w+)[^|]* \|((?: [\d.]+ \|){4})$", (ROOT / "docs" / "real_models.md").read_text(), re.M)
     found = {name: [float(n) for n in numbers.split("|")[:-1]] for name, numbers in rows}
     for part in columns[0]:
         assert found[part] == pytest.approx([column[part] / 1e9 for column in columns], abs=0.06), part

@@ -1,4 +1,4 @@
-"""The embedded default: two ordinary checkpoints and two data files, as good as README.md says they are."""
+"""The embedded default: two ordinary checkpoints and two data files, as good as docs/results.md says they are."""
 
 import json
 import re
@@ -31,8 +31,8 @@ def measured():
     return {role: evaluate(model, problems, *load_vocab(args, [problems]), args) for role, model in models.items()}
 
 
-def test_teacher_and_student_are_as_good_as_readme_says(measured):
-    rows = re.findall(r"^\| `toy/(teacher|student)` +\|([^\n]*)\|$", (ROOT / "README.md").read_text(), re.M)
+def test_teacher_and_student_are_as_good_as_docs_results_says(measured):
+    rows = re.findall(r"^\| `toy/(teacher|student)` +\|([^\n]*)\|$", (ROOT / "docs" / "results.md").read_text(), re.M)
     stated = {role: list(map(float, cells.split("|"))) for role, cells in rows}
     columns = ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")
     found = {role: [metrics[name] for name in columns] for role, (metrics, _) in measured.items()}
@@ -73,7 +73,7 @@ def test_the_data_are_right_and_disjoint():
     for row in rows["train"] + rows["eval"]:
         assert sum(map(int, row["problem"].split("+"))) % 10 == int(row["answer"])
         right = f"=...####{row['answer']}"
-        assert grade(right, row["answer"]) and not grade(right + "\n####x", row["answer"])
+        assert grade(right, row["answer"]) and not grade(right + "####x", row["answer"])
 
 
 def documents(respond):
@@ -110,7 +110,7 @@ def test_the_teacher_s_documents_teach_no_mistake():
                 before, place = after, place + len(after)
         masked += not all(learned)
         restated += words.count("####") > 1
-    assert 0.3 < masked / 2000 < 0.5 and 0.01 < restated / 2000 < 0.03
+    assert 0.3 < masked / 2000 < 0.5 and 0.02 < restated / 2000 < 0.045
 
 
 def test_the_student_s_documents_slip_and_compare():
