@@ -20,7 +20,7 @@ Where this is our reading, and not the paper's words.
 
 Run it.
     python curriculum.py                                        CPU, the embedded toy: under a minute
-    python curriculum.py --recipe recipes/qwen3-curriculum.txt  Qwen3-0.6B <- 4B on one GPU; not run by us, see README
+    python curriculum.py --recipe recipes/qwen3-curriculum.txt  Qwen3-0.6B <- 4B on one GPU; not run by us
     torchrun --nproc_per_node 4 curriculum.py ...               the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """

@@ -24,7 +24,7 @@ What it leaves out, on purpose.
 
 Run it.
     python dagger_onpolicy.py                                CPU, the embedded toy: under a minute
-    python dagger_onpolicy.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us, see README
+    python dagger_onpolicy.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us
     torchrun --nproc_per_node 4 dagger_onpolicy.py ...       the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """

@@ -18,7 +18,7 @@ What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
 Run it.
     python grpo.py                                                   CPU, the embedded toy's untrained student
     python grpo.py --student runs/opd/model --out_dir runs/opd-grpo  after distillation
-    python grpo.py --recipe recipes/qwen3-grpo.txt                   Qwen3 after it, one GPU; not run by us, see README
+    python grpo.py --recipe recipes/qwen3-grpo.txt                   Qwen3 after it, one GPU; not run by us
     torchrun --nproc_per_node 4 grpo.py ...                          the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """

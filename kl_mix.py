@@ -22,7 +22,7 @@ What it leaves out, on purpose.
 
 Run it.
     python kl_mix.py                                CPU, the embedded toy: under a minute
-    python kl_mix.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us, see README
+    python kl_mix.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us
     torchrun --nproc_per_node 4 kl_mix.py ...       the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """

@@ -23,8 +23,8 @@ What it leaves out, on purpose.
 - No reward, no value function, no importance weights: rollouts are used once, by the student that made them.
 
 Run it.
-    python opd.py                                    CPU, the embedded toy: half a minute, Avg@8 .50 to .86
-    python opd.py --recipe recipes/qwen3-4b.txt      Qwen3-0.6B <- 4B on one GPU; not run by us, see README
+    python opd.py                                    CPU, the embedded toy: half a minute, Avg@8 .51 to .71
+    python opd.py --recipe recipes/qwen3-4b.txt      Qwen3-0.6B <- 4B on one GPU; not run by us
     torchrun --nproc_per_node 4 opd.py ...           the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """

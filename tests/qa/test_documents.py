@@ -34,14 +34,13 @@ def commands():
 @pytest.mark.parametrize("words", commands())
 def test_every_command_parses(words):
     """Each names a script or a module that is there, and arguments that it takes."""
-    words = [word for word in words[1:] if word != "--nproc_per_node" and not word.isdecimal()]
-    script, argv = words[0], words[1:]
+    script, *argv = words[1:] if words[1] != "--nproc_per_node" else words[3:]
     if script == "-m":
         module = argv[0]
         assert module in ("venv", "pytest") or (ROOT / (module.replace(".", "/") + ".py")).exists()
         return
     assert (ROOT / script).exists()
-    if script.startswith("docs/"):
+    if "/" in script:
         return
     module = importlib.import_module(script.removesuffix(".py"))
     while script == "compare.py" and argv and not argv[0].startswith("-"):
@@ -49,7 +48,7 @@ def test_every_command_parses(words):
     for word, value in zip(argv, argv[1:]):
         assert word != "--recipe" or (ROOT / value).exists()
     with contextlib.redirect_stdout(io.StringIO()):
-        parse(module.Args, argv + (["--model", "x"] if script == "evaluate.py" and "--model" not in argv else []))
+        parse(module.Args, argv)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
