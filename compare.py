@@ -197,6 +197,7 @@ def write_findings(worlds, args):
         verdict += "" if agree == len(worlds) else f" in {agree} of {len(worlds)}"
         verdict = "one seed" if math.isnan(ci) else verdict if abs(mean) > ci else "not found"
         form = "{:+.1f}" if abs(mean) > 1 else "{:+.3f}"
+        says += " (+)" if sign > 0 else " (−)"
         lines.append(f"| {axis} | {says} | " + " | ".join(plus_minus(n, form) for n in numbers) + f" | {verdict} |")
     Path(args.out_dir, "findings.md").write_text("\n".join(lines) + "\n")
     return "\n".join(lines)
