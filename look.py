@@ -19,6 +19,7 @@ import torch
 from common import sample
 from plumbing.fast import token_log_probs
 from plumbing.models import load_model, load_vocab, resolve_precision
+from plumbing.processes import start_processes
 from plumbing.runs import check_fields, parse
 from plumbing.tasks import grade, load_evals
 
@@ -56,8 +57,8 @@ def colour(x):
 
 
 def visible(token):
-    """A token's text on one line: an end of line is a sign of its own."""
-    return token.replace("\n", "↵")
+    """A token's text on one line: an end of line, and whatever cannot be printed, are signs of their own."""
+    return "".join("↵" if c == "\n" else c if c.isprintable() else "·" for c in token)
 
 
 def in_terminal(pieces):
@@ -104,6 +105,7 @@ def draw(responses, path, title):
 
 
 def main(args: Args):
+    start_processes()
     check_fields(args)
     args.precision = resolve_precision(args)
     evals = load_evals(args.eval_data, args.eval_problems)

@@ -124,18 +124,21 @@ def test_the_entropy_term_is_all_that_parts_reverse_kl_from_a_reward():
         assert x.softmax(-1).tolist() == pytest.approx(best, abs=0.01)
 
 
-def test_a_token_mean_lets_a_loop_drown_its_beginning():
-    """A response of 4 tokens with a KL of 2 nats, then a loop at .1: the longer the loop, the smaller the mean, and the
-    smaller the share that the beginning has in it. A mean over responses, each by its own length, does the same to
-    the response, but not to its neighbours."""
+def mean_of_response_means(mask):
+    """token_weights (B, R) for a mean over responses of means over their tokens; opd.py has mask / mask.sum()."""
+    return mask / mask.sum(1, keepdim=True) / len(mask)
 
-    def token_mean(loop):
-        kls = [2.0] * 4 + [0.1] * loop
-        return sum(kls) / len(kls), 1 / len(kls)
 
-    (short, share_short), (long, share_long) = token_mean(0), token_mean(92)
-    assert short == 2.0 and long == pytest.approx(0.179, abs=1e-3)
-    assert share_short / share_long == 24
+def test_a_token_mean_lets_a_loop_drown_its_neighbours():
+    """A response of 4 tokens with a KL of 2 nats, and a copy that goes on in a loop of 92 tokens at .1. Under a mean over
+    tokens the short one has 4 % of the weight, under a mean over responses half of it, as each response has."""
+    mask = torch.arange(96) < torch.tensor([[4], [96]])
+    kls = torch.where(torch.arange(96) < 4, 2.0, 0.1)
+    by_token, by_response = mask / mask.sum(), mean_of_response_means(mask)
+    for weights, short, loss in ((by_token, 0.04, 0.252), (by_response, 0.5, 1.0896)):
+        assert weights.sum().item() == pytest.approx(1)
+        assert weights[0].sum().item() == pytest.approx(short)
+        assert (weights * kls).sum().item() == pytest.approx(loss, abs=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_what_switches_a_cause_off_is_the_only_difference():
 
 def test_the_first_answer_is_read_from_the_responses(finished, tmp_path):
     shutil.copytree(finished / "seed-0", tmp_path / "run")
-    said = ["=1\n####7\n####3", "####3\n####7", "no answer", "####7"]
+    said = ["=1\n####7####3", "####3\n####7", "no answer", "####7\n####3"]
     write_jsonl(tmp_path / "run/responses.jsonl", [{"response": text, "answer": "7"} for text in said])
     assert compare.read(str(tmp_path / "run"))[-1]["first_avg"] == 0.5
 

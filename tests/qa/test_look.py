@@ -55,4 +55,5 @@ def test_a_model_beside_itself_is_white(world, capsys):
 
 def test_blue_is_what_the_teacher_would_say_more_often():
     assert look.colour(4.0) == look.BLUE and look.colour(-9.0) == look.ORANGE and look.colour(0.0) == (255, 255, 255)
+    assert look.visible("\x1b[0m\ta\n") == "·[0m·a↵", "nothing that a model says reaches the terminal as a command"
     assert look.in_terminal([("a\n", -1.24)]).count("\n") == 1 and "a↵[-1.2]" in look.in_terminal([("a\n", -1.24)])
