@@ -57,6 +57,16 @@ def _matmul(a, b):
     return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
+def _add_matmul(total, a, b):
+    """total += a @ b, the sum in total's precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:  # on a CPU some rows at a time, in memory that is warm: fetching new pages for V rows takes longer than this
+        n = len(a) if a.is_cuda else 1024
+        for part, rows in zip(total.split(n), a.split(n)):
+            part += _matmul(rows, b)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """LM head and token loss, one chunk of tokens at a time, with the gradient formed in the forward pass.
 
@@ -89,10 +99,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_bias += grad.sum(0)
             grad, states = grad.to(head.weight.dtype), hidden[c].to(head.weight.dtype)
             grad_hidden[c] = _matmul(grad, head.weight).to(hidden.dtype)
-            if grad.dtype == dtype:
-                grad_weight.addmm_(grad.T, states)
-            else:
-                grad_weight += _matmul(grad.T, states)
+            _add_matmul(grad_weight, grad.T, states)
             del grad
         ctx.grads = grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
         ctx.mark_non_differentiable(mean_entropy)

@@ -200,6 +200,14 @@ def test_auto_is_bf16_on_a_gpu_and_for_real_models_on_processors_made_for_it(gpu
     assert models.resolve_precision(opd.Args(**world | dict(precision="fp32"))) == "fp32"
 
 
+def test_a_config_of_which_no_model_can_be_made_is_left_to_the_checks_that_explain_it(world, monkeypatch):
+    """On processors made for bf16 --precision auto counts parameters, and did so before anything had been checked."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    config = transformers.AutoConfig.from_pretrained(world["student"], vocab_size=290, pad_token_id=300)
+    monkeypatch.setattr(models, "_load_config", lambda path, role: config)
+    assert models.resolve_precision(opd.Args(**world)) == "fp32"
+
+
 def test_small_steps_move_fp32_weights_and_not_those_in_bf16(world, tmp_path):
     """Why the student is kept in fp32: at a learning rate of 5e-7 an update of a bf16 weight is rounded away."""
     args = parse(opd.Args, [])
