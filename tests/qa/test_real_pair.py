@@ -1,0 +1,78 @@
+"""docs/real_pair.py in small: the toy's models in place of the real ones."""
+
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+import transformers
+from conftest import ROOT
+
+from common import forward_kl, reverse_kl, sample, weighted_kl
+from plumbing.models import Vocab
+
+
+@pytest.fixture
+def real_pair(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("real_pair", ROOT / "docs" / "real_pair.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "real_pair", module)
+    spec.loader.exec_module(module)
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text("--steps 2 --batch_size 2 --max_new_tokens 4 --eval_problems 2 --eval_k 1 --eval_max_new_tokens 6\n")
+    monkeypatch.setattr(module, "RECIPE", recipe)
+    monkeypatch.setattr(module, "OUT", tmp_path / "out")
+    monkeypatch.setattr(module, "EVAL_PROMPTS", 6)
+    monkeypatch.setattr(module, "ACCURACY_PROBLEMS", 8)
+    monkeypatch.setattr(module, "ACCURACY_TOKENS", 24)
+    monkeypatch.setattr(module, "FEW", {"eval_problems": 1})
+    return module
+
+
+def toy(module):
+    paths = {name: str(ROOT / "toy" / name) for name in ("student", "teacher")}
+    data = {name: str(ROOT / "toy" / f"{file}.jsonl") for name, file in (("data", "train"), ("eval_data", "eval"))}
+    return module.Args(**paths, **data)
+
+
+def test_kls_by_token_are_those_of_the_loss(real_pair):
+    names = [str(ROOT / "toy" / name) for name in ("student", "teacher")]
+    student, teacher = (transformers.AutoModelForCausalLM.from_pretrained(name).eval() for name in names)
+    vocab = Vocab(student.config.vocab_size, (0, 2), 0)
+    rollouts = sample(student, [tuple(range(3, 7 + i % 3)) for i in range(5)], [(0, i) for i in range(5)], vocab, 12)
+    rows = real_pair.token_kls(student, teacher, rollouts, vocab)
+    weights = rollouts.mask.float()
+    for key, divergence in (("forward", forward_kl), ("reverse", reverse_kl)):
+        loss, entropy = weighted_kl(divergence, student, teacher, rollouts, weights, vocab)
+        assert sum(row[key] for row in rows) == pytest.approx(loss.item(), rel=1e-5)
+    assert sum(row["entropy"] for row in rows) == pytest.approx(entropy.item(), rel=1e-5)
+    assert [row["tokens"] for row in rows] == rollouts.mask.sum(1).tolist()
+
+
+def test_the_whole_command_in_small(real_pair, monkeypatch, capsys):
+    runs = {"opd-seed-0": ("opd", 0, {}), "mix-seed-1": ("kl_mix", 1, real_pair.FEW | {"lam": 0.2})}
+    monkeypatch.setattr(real_pair, "RUNS", runs)
+    real_pair.main(toy(real_pair))
+    table = (real_pair.OUT / "real_pair.md").read_text()
+    saved = json.loads((real_pair.OUT / "real_pair.json").read_text())
+    assert set(saved["measured"]) == {"untrained", *runs} and set(saved["logs"]) == set(runs)
+    assert len(saved["measured"]["untrained"]["responses"]) == 8 and "responses" not in saved["measured"]["mix-seed-1"]
+    assert real_pair.tables(**saved) + "\n" == table
+    # Nothing is done twice.
+    monkeypatch.setattr(real_pair.subprocess, "run", None)
+    monkeypatch.setattr(real_pair, "measure_kls", None)
+    real_pair.main(toy(real_pair))
+    assert (real_pair.OUT / "real_pair.md").read_text() == table
+
+
+def test_intervals_are_of_paired_differences(real_pair):
+    """Problems differ by ten times as much as the two models do: paired, the difference is seen; unpaired it is not."""
+    rng = np.random.default_rng(0)
+    hard = rng.gamma(1.0, size=64)
+    before = [dict(forward=10 * h, tokens=10) for h in hard]
+    now = [dict(forward=10 * h - 0.1 - 0.1 * rng.random(), tokens=10) for h in hard]
+    text = real_pair.difference(real_pair.ratio(now, "forward"), real_pair.ratio(before, "forward"))
+    low, high = (float(x) for x in text.split("[")[1].rstrip("])").split(", "))
+    assert -0.018 < low <= high < -0.012
+    assert np.std(real_pair.ratio(now, "forward")[1]) > 0.05
