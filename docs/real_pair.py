@@ -33,7 +33,7 @@ from plumbing.runs import parse, read_lines  # noqa: E402
 from plumbing.tasks import load_evals  # noqa: E402
 
 RECIPE, OUT = ROOT / "recipes" / "laptop.txt", Path("runs/laptop")
-FEW = {"eval_problems": 4}  # in their own logs: they are measured afterwards
+FEW = {"eval_problems": 1, "eval_max_new_tokens": 64}  # in their own logs: they are measured afterwards
 RUNS = {  # name: script, seed, further arguments
     "opd-seed-0": ("opd", 0, {}),  # the recipe as it is
     "dagger-seed-0": ("dagger_onpolicy", 0, FEW),
@@ -65,15 +65,16 @@ def command(script, **arguments):
 @torch.no_grad()
 def token_kls(student, teacher, rollouts, vocab):
     """-> for every rollout {forward, reverse, entropy, tokens}: sums over its tokens, nats."""
-    rows = []
-    for micro in (rollouts.take(torch.tensor([i])) for i in range(len(rollouts.ids))):
-        hidden, sums = [response_hidden(model, micro) for model in (student, teacher)], np.zeros(3)
-        heads = [Head(model, vocab) for model in (student, teacher)]
-        for q_states, p_states in zip(*(states.split(64) for states in hidden)):
-            q, p = heads[0](q_states), heads[1](p_states)
-            sums += [x.sum().item() for x in (forward_kl(q, p), reverse_kl(q, p), entropy(q))]
-        sums = [round(x, 4) for x in sums.tolist()]
-        rows.append(dict(zip(("forward", "reverse", "entropy"), sums)) | dict(tokens=len(hidden[0])))
+    rows, models = [], (student, teacher)
+    for chunk in torch.arange(len(rollouts.ids)).split(8):
+        micro, values = rollouts.take(chunk), []
+        heads, hidden = [Head(model, vocab) for model in models], [response_hidden(model, micro) for model in models]
+        for states in zip(*(x.split(64) for x in hidden)):  # in the order of tensor[micro.mask]: row after row
+            q, p = (head(x) for head, x in zip(heads, states))
+            values.append(torch.stack([forward_kl(q, p), reverse_kl(q, p), entropy(q)]))
+        for of_row in torch.cat(values, 1).split(micro.mask.sum(1).tolist(), 1):
+            sums = [round(x, 4) for x in of_row.sum(1).tolist()]
+            rows.append(dict(zip(("forward", "reverse", "entropy"), sums)) | dict(tokens=of_row.shape[1]))
     return rows
 
 
@@ -137,8 +138,8 @@ def difference(now, before):
 
 def tables(measured, logs):
     base = measured["untrained"]
-    lines = ["| | KL(p_T‖q_θ), teacher prefixes | KL(q_θ‖p_T), teacher prefixes | KL(p_T‖q_θ), student prefixes "
-             "| KL(q_θ‖p_T), student prefixes | entropy, own prefixes |", "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| | forward KL, teacher prefixes | reverse KL, teacher prefixes | forward KL, student prefixes "
+             "| reverse KL, student prefixes | entropy, student prefixes |", "|---|---|---|---|---|---|"]  # fmt: skip
     cells = [(f"{s} prefixes", key) for s in ("teacher", "student") for key in ("forward", "reverse")]
     cells.append(("student prefixes", "entropy"))
     for name, result in measured.items():
