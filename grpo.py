@@ -52,7 +52,7 @@ def group_advantages(rewards):
 class Args:
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     data: str = "toy/train.jsonl"  # problems with answers to train on: a file, or name[:config[:split]] on the hub
-    eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on; several separated by commas
+    eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on, several by commas; or none
     out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
     steps: int = 60  # updates; >= 1
     batch_size: int = 8  # prompts per step, over all processes; >= 1

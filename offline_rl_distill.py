@@ -44,7 +44,7 @@ class Args:
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
-    eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on; several separated by commas
+    eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on, several by commas; or none
     out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
     steps: int = 150  # updates; >= 1
     batch_size: int = 32  # prompts, and rollouts, per update, over all processes; >= 1

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -344,11 +345,15 @@ def test_an_edited_script_is_another_run_and_a_comment_is_not(world, tmp_path, m
     assert "mine.py has been changed" in line and "common.py" not in line
 
 
-def test_a_real_model_with_the_toys_learning_rate_is_warned_of(world, monkeypatch, capsys):
+def test_a_real_model_with_what_is_made_for_the_toy_is_warned_of(world, monkeypatch, capsys):
     monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda self: 11_000_000)
-    for lr, warned in ((opd.Args.lr, True), (1e-5, False)):
-        models.load_model(world["student"], opd.Args(lr=lr), trainable=True)
-        assert ("is made for the toy" in capsys.readouterr().out) == warned
+    given = {"data": world["data"], "eval_data": "none", "lr": 1e-5}
+    for left_out in (None, *given):
+        some = {name: value for name, value in given.items() if name != left_out}
+        models.load_model(world["student"], opd.Args(**some), trainable=True)
+        printed = capsys.readouterr().out
+        assert ("made for the toy" in printed) == (left_out is not None)
+        assert left_out is None or re.search(rf"warning: --{left_out} \S+: made", printed)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,19 @@ def test_auto_is_bf16_on_a_gpu_and_for_real_models_on_processors_made_for_it(gpu
     assert models.resolve_precision(opd.Args(**world | dict(precision="fp32"))) == "fp32"
 
 
+@pytest.mark.parametrize("script", ["opd", "curriculum"])
+def test_prompts_without_answers_are_enough(script, world, tmp_path):
+    """--eval_data none: a teacher needs no answers, so neither does a run."""
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i} words."} for i in range(12)])
+    more = {"held_out": 4, "lengths": "2,4", "h_min": 0.0} if script == "curriculum" else {}
+    run(script, **world | more | {"data": prompts, "eval_data": "none", "out_dir": str(tmp_path / "run")})
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert not any(key.startswith(("avg_at_k", "eval_")) for row in rows for key in row) and rows[-1]["entropy"] > 0
+    assert (tmp_path / "run/model").exists() and (tmp_path / "run/curves.png").exists()
+    assert not list(tmp_path.glob("run/samples-*"))
+
+
 def test_a_config_of_which_no_model_can_be_made_is_left_to_the_checks_that_explain_it(world, monkeypatch):
     """On processors made for bf16 --precision auto counts parameters, and did so before anything had been checked."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
