@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -31,7 +32,7 @@ def commands():
                     yield pytest.param(words, id=f"{path.name}: {' '.join(words)}"[:90])
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_every_command_parses(words):
     """Each names a script or a module that is there, and arguments that it takes."""
     script, *argv = words[1:] if words[1] != "--nproc_per_node" else words[3:]
@@ -49,6 +50,25 @@ def test_every_command_parses(words):
         assert word != "--recipe" or (ROOT / value).exists()
     with contextlib.redirect_stdout(io.StringIO()):
         parse(module.Args, argv)
+
+
+OF_SECONDS = [
+    pytest.param(case.values[0], id=case.id)
+    for case in commands()
+    if case.values[0][1] in ("evaluate.py", "look.py", "docs/endings.py")
+    and not any(word.startswith(("runs/", "recipes/")) for word in case.values[0])
+]
+
+
+@pytest.mark.parametrize("words", OF_SECONDS)
+def test_commands_of_seconds_run(words):
+    """... and an evaluation comes to what results.md says (to .01: single draws fall differently on other machines)."""
+    ran = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout, ran.stderr
+    if words[1] == "evaluate.py":
+        said = re.search(rf"^\| `{words[3]}` \| ([\d.]+) ", (ROOT / "docs" / "results.md").read_text(), re.M)
+        came = re.search(r"Avg@8 ([\d.]+)", ran.stdout.split("|---")[-1])
+        assert float(came[1]) == pytest.approx(float(said[1]), abs=0.01)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
