@@ -76,3 +76,10 @@ def test_intervals_are_of_paired_differences(real_pair):
     low, high = (float(x) for x in text.split("[")[1].rstrip("])").split(", "))
     assert -0.018 < low <= high < -0.012
     assert np.std(real_pair.ratio(now, "forward")[1]) > 0.05
+
+
+def test_the_committed_tables_are_made_of_the_committed_numbers(real_pair):
+    saved = json.loads((ROOT / "figures" / "real_pair.json").read_text())
+    tables, text = real_pair.tables(**saved), (ROOT / "docs" / "real_models.md").read_text()
+    for table in tables.split("\n\n"):
+        assert table in text
