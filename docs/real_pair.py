@@ -1,15 +1,16 @@
 """A real pair, from weights to tables: every objective trains Qwen2.5-Coder 0.5B on its 1.5B, and what each did to it.
 
-    python docs/real_pair.py                                     some two hours on two cores that multiply bf16
+    python docs/real_pair.py                                     two hours and more on two cores that multiply bf16
     python docs/real_pair.py --student FOLDER --teacher FOLDER --data FILE --eval_data FILE
 
 Every run is an ordinary run of an ordinary script with recipes/laptop.txt; what is finished is not repeated, so the
 same command continues after a kill. The instrument is the KL on held-out problems: EVAL_PROMPTS of the evaluation set,
 never trained on; prefixes by the teacher (the same for all) and by the student that is measured; both KLs at every
-token. Accuracy is that of evaluate.py, greedy, on ACCURACY_PROBLEMS others. Differences to the untrained student are
-paired by problem; their 95 % intervals are bootstrapped over problems.
+token. Accuracy is that of evaluate.py, greedy, on ACCURACY_PROBLEMS of the set. Differences to the untrained student
+are paired by problem; their 95 % intervals are bootstrapped over problems.
 
-Written to runs/laptop: measured/NAME.json for every model, responses, and real_pair.json and real_pair.md with all.
+Written to runs/laptop: measured/NAME.json for every model, responses, and, anew after each model, real_pair.json and
+real_pair.md with all of them.
 """
 
 import dataclasses
@@ -54,7 +55,6 @@ class Args:
     teacher: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct"  # checkpoint folder or hub name
     data: str = "openai/gsm8k:main:train"  # problems to train on
     eval_data: str = "openai/gsm8k:main:test"  # problems to measure on
-    table_only: bool = False  # from what has been measured so far
 
 
 def command(script, **arguments):
@@ -170,24 +170,19 @@ def tables(measured, logs):
 
 
 def main(args: Args):
-    paths = {name: getattr(args, name) for name in ("student", "teacher", "data", "eval_data")}
     measured, logs = {}, {}
     for name in ("untrained", *RUNS):
         path = args.student
         if name in RUNS:
-            script, seed, more = RUNS[name]
-            path = str(OUT / name / "model")
-            if not (args.table_only or Path(path).exists()):
-                command(script, **paths, out_dir=OUT / name, seed=seed, **more)
+            (script, seed, more), path = RUNS[name], str(OUT / name / "model")
             if not Path(path).exists():
-                continue
+                command(script, **vars(args), out_dir=OUT / name, seed=seed, **more)
             logs[name] = [row for row in read_lines(OUT / name / "log.jsonl") if "loss" in row]
-        if args.table_only and not (OUT / "measured" / f"{name}.json").exists():
-            continue
         measured[name] = measure(name, path, args)
-    text = tables(measured, logs)
-    (OUT / "real_pair.json").write_text(json.dumps(dict(measured=measured, logs=logs), separators=(",", ":")) + "\n")
-    (OUT / "real_pair.md").write_text(text + "\n")
+        text = tables(measured, logs)
+        numbers = json.dumps(dict(measured=measured, logs=logs), separators=(",", ":"))
+        (OUT / "real_pair.json").write_text(numbers + "\n")
+        (OUT / "real_pair.md").write_text(text + "\n")
     print(text)
 
 

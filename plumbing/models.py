@@ -135,10 +135,10 @@ def load_model(path, args, trainable=False):
         refuse(f"the weights in {path!r} do not fit its config.json ({trouble}): copy or download it again")
     model.to(device)
     if trainable and model.num_parameters() > 10e6 and is_main():
-        made_for_toys = [name for name in ("data", "eval_data", "lr") if getattr(args, name) == getattr(type(args), name)]
-        if made_for_toys:
-            values = ", ".join(f"--{name} {getattr(args, name)}" for name in made_for_toys)
-            print(f"warning: {values}: made for the toy; models of this size take --lr 5e-7 to 5e-6, see recipes/")
+        defaults = [name for name in ("data", "eval_data", "lr") if getattr(args, name) == getattr(type(args), name)]
+        if defaults:
+            values = ", ".join(f"--{name} {getattr(args, name)}" for name in defaults)
+            print(f"warning: {values}: made for the toy; others take an lr of 5e-7 to 2e-6, begin from recipes/")
     if model.device.type == "cpu" and model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much
     model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree

@@ -174,9 +174,8 @@ class Run:
         args.precision = resolve_precision(args)
         _check_out_dir(args)
         problems = load_problems(args.data, needs_answers, skip_unanswered=needs_answers)
-        self.args, self.evaluate, self.evals = args, evaluate, {}
-        if args.eval_data != "none":
-            self.evals = load_evals(args.eval_data, args.eval_problems)
+        self.args, self.evaluate = args, evaluate
+        self.evals = {} if args.eval_data == "none" else load_evals(args.eval_data, args.eval_problems)
         self.vocab, self.tokenizer = load_vocab(args, [problems, *self.evals.values()])
         self.prompts, self.answers = [p.prompt for p in problems], [p.answer for p in problems]
         self.step, self.flops, self.seconds, self.memory = 0, 0.0, 0.0, {}  # updates done, and what they took
@@ -274,9 +273,9 @@ class Run:
     def _evaluate(self, step):
         """evaluate() on every set; prints a line for each. -> metrics for the log: of several sets the plain keys hold
         the pooled value, and `key/name` the set's own."""
-        args, results, samples = self.args, {}, []
-        if not self.evals:
+        if not self.evals:  # --eval_data none
             return {}
+        args, results, samples = self.args, {}, []
         for name, problems in self.evals.items():
             results[name], records = self.evaluate(self.student, problems, self.vocab, self.tokenizer, args)
             samples += _best_and_worst(name, problems, records)

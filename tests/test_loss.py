@@ -6,7 +6,7 @@ import transformers
 from conftest import make_checkpoint
 
 from common import as_one_end, forward_kl, make_rollouts, mixed_kl, reverse_kl, sample, uniforms, weighted_kl
-from plumbing.fast import Head
+from plumbing.fast import Head, _add_matmul
 from plumbing.models import Vocab
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13)]
@@ -152,6 +152,18 @@ def test_in_half_precision_the_head_multiplies_bf16_and_its_gradient_adds_up_in_
     (half_loss, half_grad), (loss, grad) = results
     assert half_grad.dtype == torch.float32 and 0 < (half_grad - grad).norm() < 0.05 * grad.norm()
     assert half_loss.item() == pytest.approx(loss.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_the_heads_gradient_is_added_up_over_all_rows(half):
+    """In bf16 it is formed in blocks of 1,024 of the V rows: more rows than that here, and no whole number of blocks."""
+    generator = torch.Generator().manual_seed(0)
+    total, a, b = (torch.randn(shape, generator=generator) for shape in ((2500, 3), (2500, 5), (5, 3)))
+    a, b = (x.bfloat16() if half else x for x in (a, b))
+    expected = total.double() + a.double() @ b.double()
+    _add_matmul(total, a, b)
+    torch.testing.assert_close(total.double(), expected, rtol=0.01 if half else 1e-5, atol=0.05 if half else 1e-5)
+    assert total.dtype == torch.float32
 
 
 def test_no_head_runs_for_a_position_that_is_not_scored(pair, monkeypatch):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from conftest import ROOT
 
@@ -40,8 +41,13 @@ def test_kls_by_token_are_those_of_the_loss(real_pair):
     names = [str(ROOT / "toy" / name) for name in ("student", "teacher")]
     student, teacher = (transformers.AutoModelForCausalLM.from_pretrained(name).eval() for name in names)
     vocab = Vocab(student.config.vocab_size, (0, 2), 0)
-    rollouts = sample(student, [tuple(range(3, 7 + i % 3)) for i in range(5)], [(0, i) for i in range(5)], vocab, 12)
+    prompts, keys = [tuple(range(3, 7 + i % 3)) for i in range(10)], [(0, i) for i in range(10)]
+    rollouts = sample(student, prompts, keys, vocab, 60)
     rows = real_pair.token_kls(student, teacher, rollouts, vocab)
+    assert len({row["tokens"] for row in rows}) > 2
+    for i, row in enumerate(rows):
+        (alone,) = real_pair.token_kls(student, teacher, rollouts.take(torch.tensor([i])), vocab)
+        assert row == pytest.approx(alone, rel=1e-3)
     weights = rollouts.mask.float()
     for key, divergence in (("forward", forward_kl), ("reverse", reverse_kl)):
         loss, entropy = weighted_kl(divergence, student, teacher, rollouts, weights, vocab)
