@@ -2,16 +2,21 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import ROOT
+from transformers import AutoConfig
 
+import evaluate
 from common import forward_kl, reverse_kl, sample, weighted_kl
 from plumbing.models import Vocab
+from plumbing.runs import parse
 
 
 @pytest.fixture
@@ -59,7 +64,23 @@ def test_kls_by_token_are_those_of_the_loss(real_pair):
 def test_the_whole_command_in_small(real_pair, monkeypatch, capsys):
     runs = {"opd-seed-0": ("opd", 0, {}), "mix-seed-1": ("kl_mix", 1, real_pair.FEW | {"lam": 0.2})}
     monkeypatch.setattr(real_pair, "RUNS", runs)
+    run, samplers, evaluations = subprocess.run, [], []
+
+    def watched_sample(model, *args, **options):
+        samplers.append(model.config.hidden_size)
+        return sample(model, *args, **options)
+
+    def watched_run(words, **options):
+        if Path(words[1]).name == "evaluate.py":
+            evaluations.append(parse(evaluate.Args, [str(word) for word in words[2:]]))
+        return run(words, **options)
+
+    monkeypatch.setattr(real_pair, "sample", watched_sample)
+    monkeypatch.setattr(real_pair.subprocess, "run", watched_run)
     real_pair.main(toy(real_pair))
+    sizes = [AutoConfig.from_pretrained(ROOT / "toy" / name).hidden_size for name in ("teacher", "student")]
+    assert samplers == sizes * 3 and sizes[0] > sizes[1]  # the teacher's prefixes are by the teacher
+    assert [(args.eval_temperature, args.eval_k, args.eval_problems) for args in evaluations] == [(0, 1, 8)] * 2
     table = (real_pair.OUT / "real_pair.md").read_text()
     saved = json.loads((real_pair.OUT / "real_pair.json").read_text())
     assert set(saved["measured"]) == {"untrained", *runs} and set(saved["logs"]) == set(runs)
