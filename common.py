@@ -3,9 +3,9 @@
 Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes (`sample(student,
 ...)` or the teacher's rollouts) and which divergence (`forward_kl` or `reverse_kl`). plumbing/ may be skipped.
 
-Notation: B sequences, P prompt tokens, R response tokens, T = P + R, H hidden size, V vocabulary size; p_T (p) is the
-frozen teacher, q_θ (q) the student. Logits at position t predict token t + 1. KLs and entropies: nats. Student first,
-teacher second, though forward KL, KL(p‖q), is written the other way round.
+Notation: B sequences of P prompt and R response tokens, padding included; N response tokens in all of them; H hidden
+size, V vocabulary size, T temperature; p_T (p) is the frozen teacher, q_θ (q) the student. Logits at position t predict
+token t + 1. KLs and entropies: nats. Arguments: student first, teacher second, though forward KL is KL(p‖q).
 """
 
 import math
@@ -30,7 +30,7 @@ def kl_by_definition(a_logits, b_logits):
     """KL(a‖b) = E_{y~a}[ log a(y) − log b(y) ], as one writes it first. (..., V), (..., V) -> (...), nats.
 
     forward_kl(student, teacher) is this of (teacher, student), and reverse_kl(student, teacher) of (student, teacher).
-    A divergence of your own may be written like it; the two below add speed, half precision, infinities and u."""
+    A divergence of your own may be written like it; the two below add speed, half precision, infinities, and u."""
     log_a, log_b = a_logits.log_softmax(-1), b_logits.log_softmax(-1)
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
@@ -40,8 +40,8 @@ def forward_kl(student_logits, teacher_logits, u=None):
 
     (..., V), (..., V) -> (...), nats, unreduced. Computed in fp32 where the input is half precision, in the input's
     own precision otherwise. Differentiable in the student's logits only. Finite wherever the limit is.
-    u (...) uniform in [0, 1): estimate it from the one token y ~ p_T that u picks, log p_T(y) − log q_θ(y); the
-    gradient, −∇ log q_θ(y), is unbiased for the exact one: Proposition 1 (i).
+    u (...) random numbers in [0, 1): estimate the sum by the one token y ~ p_T that u picks, log p_T(y) − log q_θ(y);
+    the gradient, −∇ log q_θ(y), is unbiased for the exact one: Proposition 1 (i).
     """
     return _KL.apply(student_logits, teacher_logits, 0.0, u)
 
@@ -49,7 +49,7 @@ def forward_kl(student_logits, teacher_logits, u=None):
 def reverse_kl(student_logits, teacher_logits, u=None):
     """KL(q_θ‖p_T) = Σ_y q_θ(y) (log q_θ(y) − log p_T(y)): mode-seeking, a policy gradient with a dense reward.
 
-    Shapes, units and precision as in forward_kl. u (...): estimate it from the one token y ~ q_θ that u picks; the
+    Shapes, units and precision as in forward_kl. u (...): estimate the sum by the one token y ~ q_θ that u picks; the
     gradient, (log q_θ(y) − log p_T(y)) ∇ log q_θ(y) with the bracket held constant, is Proposition 1 (ii).
     """
     return _KL.apply(student_logits, teacher_logits, 1.0, u)
@@ -126,20 +126,19 @@ def as_one_end(logits, end_ids):
 
     (..., V) -> (..., V − len(end_ids) + 1), differentiable; the one end stands last. A base student says <|endoftext|>
     where its chat teacher says <|im_end|>: told apart, reverse KL punishes the student for ending. Summing is
-    coarse-graining, so by the data-processing inequality no KL grows by it.
-    """
+    coarse-graining, so by the data-processing inequality no KL grows by it (up to rounding)."""
     end_ids = torch.tensor(end_ids, device=logits.device)
     others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device).index_fill_(0, end_ids, False)
     return torch.cat([logits[..., others], logits[..., end_ids].logsumexp(-1, keepdim=True)], -1)
 
 
 def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estimator="exact", ends="apart", chunk=None):
-    """Σ token_weights · divergence(q_θ, p_T) over the response tokens of a batch of rollouts. It is
+    """Σ token_weights · divergence(q_θ, p_T) over the N response tokens of a batch of Rollouts. Without padding it is
 
-        q, p = (model(ids).logits[:, P - 1 : -1][mask] for model in (student, teacher))  # (N, V): t − 1 predicts t
-        loss = (token_weights[mask] * divergence(q, p)).sum()
+        q_logits, p_logits = (model(ids).logits[:, P - 1 : -1] for model in (student, teacher))  # t − 1 predicts t
+        loss = (token_weights * divergence(q_logits, p_logits)).sum()
 
-    with the logits of one chunk of tokens at a time: together they are gigabytes.
+    with the logits of one chunk of tokens at a time: together they are gigabytes. vocab: both models' ids and ends.
     divergence: forward_kl, reverse_kl or any function of two logit tensors (n, V), (n, V) -> (n,). estimator: "exact",
     or "sampled" for divergences that take `u`. ends: "as_one" compares all end tokens as one action (see as_one_end).
     token_weights (B, R): what each response token counts, e.g. mask / number of response tokens in the global batch;
@@ -223,10 +222,10 @@ def sample(
 ):  # fmt: skip
     """One response to each prompt, up to and including an end token of either model, or max_new_tokens. -> Rollouts
 
-    prompts: B tuples of token ids; keys: B tuples of ints that fix each row's random numbers (see uniforms).
+    prompts: B tuples of token ids; keys and stream fix each row's random numbers (see uniforms), for a use of its own.
     What is sampled is softmax(logits / temperature) with top_p and top_k as given here: a checkpoint's own
     generation_config has no say. `entropies`: also record the predictive entropy (T = 1) at every token.
-    at_once: so many rows at a time, 0 for all; less memory, same rollouts. cache: growing, fixed, or auto.
+    at_once: so many rows at a time, 0: all; less memory, same rollouts. cache (of keys, values): growing, fixed, auto.
     """
     device, B = next(model.parameters()).device, len(prompts)
     start = make_rollouts(prompts, [()] * B, [False] * B, keys, vocab, device)
@@ -240,8 +239,8 @@ def sample(
     model.eval()
     with unsharded(model), autocast(model):
         head = Head(model, vocab)
-        for rows in torch.arange(B, device=device).split(at_once or B):  # those in the KV cache
-            decoder, y = decoder_for(model, cache)(model, start.take(rows)), None
+        for rows in torch.arange(B, device=device).split(at_once or B):  # whose keys and values are in the cache
+            decoder, y = decoder_for(model, cache)(model, start.take(rows)), None  # y: tokens to read; first, prompts
             for t in range(max_new_tokens):
                 logits = head(decoder.step(y))  # (rows, V)
                 y = draw(sampling_logits(logits, temperature, top_p, top_k).softmax(-1), u[rows, t])
@@ -250,7 +249,7 @@ def sample(
                 if entropies:
                     entropy_of[rows, t] = entropy(logits)
                 done[rows] |= torch.isin(y, end_ids)
-                if t % 8 == 7:  # asking costs a wait for the device, and leaving ended rows in costs their compute
+                if t % 8 == 7:  # asking makes the device wait, rows that ended cost compute: so ask now and then
                     running = ~done[rows]
                     if not running.any():
                         break
@@ -269,11 +268,11 @@ def draw(probs, u):
 
     One number per token, instead of torch.multinomial's hidden generator, is what makes a rollout a function of
     (seed, step, row) alone. A token of probability 0 is never drawn."""
-    cdf = probs.cumsum(-1, dtype=torch.float64)  # in fp32, a quarter of 150,000 tokens would get no step at all
+    cdf = probs.cumsum(-1, dtype=torch.float64)  # in fp32 a quarter of 150,000 tokens would add nothing to the sum
     total = cdf[..., -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # u · total must not round up to total itself
     u = torch.minimum(u[..., None].to(cdf.dtype) * total, below)
-    return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)  # NaN would be past the end
+    return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)  # of NaN it would be V
 
 
 def uniforms(keys, n, stream):
@@ -288,10 +287,9 @@ def uniforms(keys, n, stream):
 class TeacherRollouts:
     """A teacher's responses to a run's prompts, sampled the first time they are asked for and read afterwards.
 
-    They do not depend on the student, so one is enough for all steps, and for all runs and scripts with the same
-    teacher, prompts, seed and sampling arguments: teacher prefixes are cheap. `samples` responses per prompt take
-    turns over the epochs. Random numbers are keyed by (seed, row, sample), so that it does not matter who samples what,
-    when; a long response serves every shorter length, and `longest` of several lengths is what is sampled."""
+    They do not depend on the student: all runs and scripts with the same teacher, prompts, seed and sampling arguments
+    share them. `samples` responses per prompt take turns over the epochs. Random numbers are keyed by (seed, row,
+    sample), whoever samples, whenever; a long response serves shorter lengths, and `longest` of several is sampled."""
 
     def __init__(self, teacher, run, samples, longest=0, at_once=0, **sampling):
         self.teacher, self.run, self.samples, self.longest = teacher, run, samples, longest
@@ -299,16 +297,18 @@ class TeacherRollouts:
         self.store = Store(teacher, run, sampling)
 
     def __call__(self, batch, max_new_tokens):
-        """-> the Rollouts of a batch, cut at max_new_tokens. Their flops charge a response the first time that this run
-        uses it, whether or not it was found on disk."""
+        """-> the Rollouts of a batch, cut at max_new_tokens. Their flops charge a response, uncut, the first time that
+        this run uses it, whether or not it was found on disk."""
         wanted = [(row, epoch % self.samples) for row, epoch in zip(batch.rows, batch.epochs)]
+        cap = max(max_new_tokens, self.longest)
         missing = [key for key in dict.fromkeys(wanted) if not self.store.has(key, max_new_tokens)]
         if sum_over_processes(len(missing)):  # all processes go together: a sharded teacher cannot sample alone
-            self._sample(missing, wanted[0], max(max_new_tokens, self.longest))
+            self._sample(missing, wanted[0], cap)
         responses, ended = zip(*(self.store.get(key, max_new_tokens) for key in wanted))
         device = next(self.teacher.parameters()).device
         rollouts = make_rollouts(batch.prompts, responses, ended, batch.keys, self.run.vocab, device)
-        costs = sequence_flops(self.teacher, *rollouts.lengths()).tolist()
+        sampled = torch.tensor([len(self.store.get(key, cap)[0]) for key in wanted])
+        costs = sequence_flops(self.teacher, sampled, rollouts.lengths()[1]).tolist()
         rollouts.flops = sum(cost for cost, epoch in zip(costs, batch.epochs) if epoch < self.samples)
         return rollouts
 
@@ -375,21 +375,21 @@ def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):
     return nats / tokens, flops
 
 
-def summarize(records, problems, k):
-    """What evaluate's records say about some of the problems (their numbers). -> avg_at_k (mean accuracy), pass_at_k
+def summarize(records, numbers, k):
+    """What evaluate's records say about the problems of these numbers. -> avg_at_k (mean accuracy), pass_at_k
     (unbiased), avg_at_k_ci and pass_at_k_ci (half-widths of normal 95 % intervals over problems), eval_len (mean
     response length, tokens), eval_clip_ratio (fraction cut), eval_marked (fraction with a marked answer), eval_entropy
     (mean predictive entropy at T = 1 per token of these rollouts, nats), problems (how many).
     """
-    by_problem = {i: [] for i in problems}
-    for record in records:
-        by_problem.get(record["problem"], []).append(record)
-    of_all = [r for of_one in by_problem.values() for r in of_one]
+    by_problem = {i: [] for i in numbers}
+    of_all = [r for r in records if r["problem"] in by_problem]
+    for record in of_all:
+        by_problem[record["problem"]].append(record)
     avg = [np.mean([r["correct"] for r in of_one]) for of_one in by_problem.values()]
     passed = [pass_at_k(len(of_one), sum(r["correct"] for r in of_one), k) for of_one in by_problem.values()]
 
     def half_width(values):
-        return float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.5
+        return float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.5  # of [0, 1]
 
     total = {key: sum(r[key] for r in of_all) for key in ("length", "ended", "marked", "nats")}
     return {

@@ -7,21 +7,21 @@
     teacher prefixes     sft_offpolicy.py         offline_rl_distill.py        here: any of the four, by
     student prefixes     dagger_onpolicy.py       opd.py                       --prefixes and --kl
 
-Why. Long training lengths cost the most and go wrong first: under reverse KL a student that has not learned to end
-rambles to the cap, the ramblings become most of the tokens of a batch, and entropy falls towards 0. Short lengths
-never get that far into a response. The gate (arXiv 2605.16826) lengthens training only while the student stays stable.
+Why. Long training lengths cost the most and go wrong first: under reverse KL a student that has lost its own ending,
+and not learned its teacher's, rambles to the cap, the ramblings become most of the tokens of a batch, and entropy falls
+towards 0. Short lengths never get that far. The gate (arXiv 2605.16826) lengthens training while the student is stable.
 
 Where this is our reading, and not the paper's words.
 - H_m is measured on the student's own rollouts at T = 1 and length L_m, on --held_out prompts of the training data.
-- Every length of the ladder gets the same number of steps; the gate is asked once, at the end of its stage.
+- Every length gets the same number of steps until a gate closes; a gate is asked once, at the end of its stage.
 - A closed gate ends training, and the result is the last stable checkpoint: the one after stage m − 1 (that of stage 0
   if there is no other). With --on_closed continue, training goes on from it at its length, and no gate is asked again.
 - The optimizer's state is kept across stages, and the learning rate has one warm-up.
 
 Run it.
-    python curriculum.py                                        CPU, the embedded toy: under a minute
-    python curriculum.py --recipe recipes/qwen3-curriculum.txt  Qwen3-0.6B <- 4B on one GPU; not run by us
-    torchrun --nproc_per_node 4 curriculum.py ...               the same run on several GPUs
+    python curriculum.py                                                      CPU, the embedded toy: under a minute
+    python curriculum.py --recipe recipes/qwen3-curriculum.txt --out_dir DIR  Qwen3, one GPU; not run by us
+    torchrun --nproc_per_node 4 curriculum.py ...                             the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -31,15 +31,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from common import TeacherRollouts, evaluate, forward_kl, mean_entropy, mixed_kl, reverse_kl, sample, weighted_kl
-from plumbing.processes import average, full
+from plumbing.processes import average, full, is_main
 from plumbing.runs import open_run, parse
 from plumbing.tasks import refuse
 
 
 @dataclass
-class Args:
+class Args:  # behind each argument: its --help text, with the bounds that plumbing/runs.py checks
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
@@ -96,7 +97,7 @@ def ladder_of(args):
 
 
 def main(args: Args):
-    # (1) As in the siblings, and the ladder.
+    # (1) As in opd.py, and the ladder.
     ladder = ladder_of(args)
     stage_ends = [args.steps * (m + 1) // len(ladder) for m in range(len(ladder))]  # after which steps H_m is measured
     run = open_run(args, evaluate)
@@ -107,7 +108,7 @@ def main(args: Args):
     run.resume(student, optimizer)  # or begin, with an evaluation
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
     if args.prefixes == "teacher":
-        answers = TeacherRollouts(teacher, run, args.teacher_samples, longest=ladder[-1], **sampling)
+        teacher_rollouts = TeacherRollouts(teacher, run, args.teacher_samples, longest=ladder[-1], **sampling)
     kl = {"forward": forward_kl, "reverse": reverse_kl, "mixed": partial(mixed_kl, lam=args.lam)}[args.kl]
 
     for step in run.steps():
@@ -121,11 +122,11 @@ def main(args: Args):
         if args.prefixes == "student":
             rollouts = sample(student, batch.prompts, batch.keys, run.vocab, length, **sampling)
         else:
-            rollouts = answers(batch, length)
+            rollouts = teacher_rollouts(batch, length)
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged over processes, too
+        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -140,7 +141,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # of all shards
         optimizer.step()
         optimizer.zero_grad()
 
@@ -156,7 +157,8 @@ def main(args: Args):
             else:
                 state["closed"] = True
                 if state["stage"] == 0:
-                    print(f"stage 0 itself is unstable (H = {h:.3f} < {args.h_min}): there is no earlier checkpoint")
+                    if is_main():
+                        tqdm.write(f"stage 0 is unstable (H_m {h:.3f} < {args.h_min}): no earlier weights, these stay")
                 else:  # back to the last stable weights and length
                     run.load_state("stable", keep_progress=True)
                     state["stage"] -= 1
@@ -164,6 +166,7 @@ def main(args: Args):
         # (6) Log, evaluate, save
         means = dict(loss=average(loss), entropy=average(entropy), grad_norm=grad_norm, lr=lr)
         last = state["closed"] and args.on_closed == "stop"
+        # A state at every gate: "stable" must not be newer than what a killed run continues from.
         run.end_step(step, rollouts, last=last, save=at_gate, train_len=length, **gate, **means)
 
     run.finish()

@@ -1,19 +1,19 @@
 """On-policy SFT in the manner of DAgger: forward KL on the student's own prefixes.
 
-    L(θ) = E_{s ~ d^S} [ KL( p_T(·|s) ‖ q_θ(·|s) ) ]        s = (prompt, response so far), p_T the frozen teacher
+    L(θ) = E_{s ~ d^S} [ KL( p_T(·|s) ‖ q_θ(·|s) ) ]    s ~ d^S: a prompt, and what the student has said so far
 
                          forward KL(p_T‖q_θ)      reverse KL(q_θ‖p_T)
     teacher prefixes     sft_offpolicy.py         offline_rl_distill.py
     student prefixes     dagger_onpolicy.py <-    opd.py
 
-What it does. The student answers the prompts itself; at every prefix it visits, the teacher says what it would have
-said there, and the student is trained on that label. That is DAgger (Ross et al., 2011): roll out the learner, label
-its states by the expert, do supervised learning. Proposition 1 (i) of arXiv 2605.16826 says what the gradient is,
+What it does. The student responds to the prompts itself; at every prefix it visits, the frozen teacher says what it
+would have said there, p_T, and the student is trained on that label. That is DAgger (Ross et al., 2011): roll out the
+learner, label its states by the expert, train on them. Proposition 1 (i) of arXiv 2605.16826 says what the gradient is,
 
     ∇ KL(p_T‖q_θ) = − E_{y ~ p_T} [ ∇ log q_θ(y|s) ],
 
 cross-entropy on the teacher's soft targets. It is mass-covering: the student is punished for leaving out what the
-teacher would say. Entropy falls less than under reverse KL; some probability stays on what the teacher would not say.
+teacher would say, and only mildly for what the teacher would not. Entropy stays higher than under reverse KL.
 A student that ends by another token than its teacher, as a base model does, learns the teacher's soon: this gradient
 is largest where the student does not say what the teacher does. (`--ends as_one` compares all ends as one action.)
 
@@ -23,9 +23,9 @@ What it leaves out, on purpose.
   (β = 0), with no mixing in of the teacher's actions.
 
 Run it.
-    python dagger_onpolicy.py                                CPU, the embedded toy: under a minute
-    python dagger_onpolicy.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us
-    torchrun --nproc_per_node 4 dagger_onpolicy.py ...       the same run on several GPUs
+    python dagger_onpolicy.py                                              CPU, the embedded toy: under a minute
+    python dagger_onpolicy.py --recipe recipes/qwen3-4b.txt --out_dir DIR  Qwen3, one GPU; not run by us
+    torchrun --nproc_per_node 4 dagger_onpolicy.py ...                     the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -35,13 +35,13 @@ from typing import Literal
 
 import torch
 
-from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # for all four corners
+from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # alike in all four
 from plumbing.processes import average, full
 from plumbing.runs import open_run, parse
 
 
 @dataclass
-class Args:
+class Args:  # behind each argument: its --help text, with the bounds that plumbing/runs.py checks
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
@@ -80,7 +80,7 @@ class Args:
 
 def main(args: Args):
     # (1) Data, models, optimizer. What is wrong with arguments or data is said before models load; a run that was
-    # stopped continues where it was.
+    # stopped continues where it was. `evaluate` is for the run to call, every --eval_every steps.
     run = open_run(args, evaluate)
     student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -88,14 +88,14 @@ def main(args: Args):
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
 
     for step in run.steps():
-        batch = run.batch(step)
+        batch = run.batch(step)  # prompts, and the keys of their random numbers
 
         # (2) Prefixes. WHERE is supervision applied? On what the student itself says.
         rollouts = sample(student, batch.prompts, batch.keys, run.vocab, args.max_new_tokens, **sampling)
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged over processes, too
+        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -110,7 +110,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # of all shards
         optimizer.step()
         optimizer.zero_grad()
 

@@ -3,23 +3,23 @@
     L(θ) = − E [ min( ρ_t A, clip(ρ_t, 1−ε, 1+ε) A ) ]        ρ_t = q_θ(y_t|s_t) / q_old(y_t|s_t)
     A_i = (r_i − mean r) / (std r + 1e-4)                      over the group of responses to one prompt
 
-What it does. The model answers each prompt --group_size times; an answer is worth 1 if it is right and 0 if not; every
-token of a response is reinforced by how much better its response was than the others of its group. No teacher. Start it
-from any checkpoint, also one that another script has written (`--student runs/opd/model`): what a distilled model still
-has to gain here depends on the entropy that distillation has left it.
+What it does. The model responds to each prompt --group_size times; a response is worth 1 if its answer is right and 0
+if not; every token of it is reinforced by how much better its response was than the others of its group. No teacher.
+Start it from any checkpoint, also one that another script has written (`--student runs/opd/model`). The paper says that
+what a distilled model still gains depends on the entropy it was left with; the toy's did not (docs/results.md).
 
 What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
 - No KL penalty towards a reference model.
-- The mean is over all tokens of the batch, not over each response and then over responses (as in DAPO): a
-  response's tokens count alike, whatever its length.
-- One update per batch of rollouts by default. Then ρ = 1 and clipping does nothing; --updates_per_step k makes k passes
-  over the same rollouts; the log is about the last of them, and `clipped_fraction` says how many tokens were silenced.
+- The mean over each response, and then over responses: here, as in DAPO, it is over all tokens of the batch, which
+  count alike, however long their responses are.
+- More than one update per batch of rollouts, unless asked for: ρ is 1 and clipping does nothing. --updates_per_step k
+  makes k passes over them; the log is about the last, and `clipped_fraction` says how many tokens were silenced.
 
 Run it.
-    python grpo.py                                                   CPU, the embedded toy's untrained student
-    python grpo.py --student runs/opd/model --out_dir runs/opd-grpo  after distillation
-    python grpo.py --recipe recipes/qwen3-grpo.txt                   Qwen3 after it, one GPU; not run by us
-    torchrun --nproc_per_node 4 grpo.py ...                          the same run on several GPUs
+    python grpo.py                                                     CPU, the embedded toy's untrained student
+    python grpo.py --student runs/opd/model --out_dir runs/opd-grpo    after distillation
+    python grpo.py --recipe recipes/qwen3-grpo.txt --out_dir DIR       Qwen3, one GPU; not run by us
+    torchrun --nproc_per_node 4 grpo.py ...                            the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -49,12 +49,12 @@ def group_advantages(rewards):
 
 
 @dataclass
-class Args:
+class Args:  # behind each argument: its --help text, with the bounds that plumbing/runs.py checks
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     data: str = "toy/train.jsonl"  # problems with answers to train on: a file, or name[:config[:split]] on the hub
     eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on, several by commas; or none
     out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
-    steps: int = 60  # updates; >= 1
+    steps: int = 60  # batches of rollouts, each of --updates_per_step updates; >= 1
     batch_size: int = 8  # prompts per step, over all processes; >= 1
     group_size: int = 8  # responses to each of them; >= 2
     updates_per_step: int = 1  # passes over the same rollouts; >= 1
@@ -87,7 +87,7 @@ class Args:
 
 def main(args: Args):
     # (1) Data, model, optimizer. What is wrong with arguments or data is said before models load; a run that was
-    # stopped continues where it was.
+    # stopped continues where it was. `evaluate` is for the run to call, every --eval_every steps.
     run = open_run(args, evaluate, needs_answers=True)
     student = run.load(args.student, trainable=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -96,7 +96,7 @@ def main(args: Args):
     off_policy = args.updates_per_step > 1  # with one update q_old is q_θ, and needs no pass of its own
 
     for step in run.steps():
-        batch = run.batch(step)
+        batch = run.batch(step)  # prompts, and the keys of their random numbers
 
         # (2) Rollouts: a group of responses to each prompt, and how much better each is than its group
         members = [(i, g) for i in range(len(batch.prompts)) for g in range(args.group_size)]
@@ -106,8 +106,8 @@ def main(args: Args):
         answers = [run.answers[batch.rows[i]] for i, _ in members]
         rewards = torch.tensor([float(grade(text, answer, args.grade)) for text, answer in zip(texts, answers)])
         advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()
-        advantage_of = dict(zip(keys, advantages.tolist()))
-        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged over processes, too
+        advantage_of = dict(zip(keys, advantages.tolist()))  # by key: a split sorts rows by length
+        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
         micros = list(rollouts.split(args.micro_batch_size))
         old = [token_log_probs(student, micro, run.vocab) if off_policy else None for micro in micros]
 

@@ -9,10 +9,10 @@
 
 What it does. The same rollouts as opd.py and dagger_onpolicy.py, and a loss in between: gradients are linear in λ,
 
-    ∇ L = λ · q · (log q − log p − KL) + (1−λ) · (q − p)        in logit space,
+    ∇ L = λ · q · (log q − log p − KL) + (1−λ) · (q − p)        in logit space, KL = KL(q‖p) at this prefix,
 
 so a little forward KL (λ near 1) adds what reverse KL lacks, a pull on tokens that the student never says and the
-teacher does: at q(y) → 0 the first term vanishes with q, the second is −p(y).
+teacher does: at q(y) → 0 the first term vanishes with q, the second tends to −(1−λ)·p(y). λ = .2 is the paper's.
 
 What it leaves out, on purpose.
 - It is not the generalised JSD of GKD and TRL, β·KL(p‖m) + (1−β)·KL(q‖m) with the mixture distribution
@@ -21,9 +21,9 @@ What it leaves out, on purpose.
 - λ is a constant. (curriculum.py changes the training length instead.)
 
 Run it.
-    python kl_mix.py                                CPU, the embedded toy: under a minute
-    python kl_mix.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us
-    torchrun --nproc_per_node 4 kl_mix.py ...       the same run on several GPUs
+    python kl_mix.py                                              CPU, the embedded toy: under a minute
+    python kl_mix.py --recipe recipes/qwen3-4b.txt --out_dir DIR  Qwen3, one GPU; not run by us
+    torchrun --nproc_per_node 4 kl_mix.py ...                     the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -40,7 +40,7 @@ from plumbing.runs import open_run, parse
 
 
 @dataclass
-class Args:
+class Args:  # behind each argument: its --help text, with the bounds that plumbing/runs.py checks
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
@@ -80,7 +80,7 @@ class Args:
 
 def main(args: Args):
     # (1) Data, models, optimizer. What is wrong with arguments or data is said before models load; a run that was
-    # stopped continues where it was.
+    # stopped continues where it was. `evaluate` is for the run to call, every --eval_every steps.
     run = open_run(args, evaluate)
     student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -88,14 +88,14 @@ def main(args: Args):
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
 
     for step in run.steps():
-        batch = run.batch(step)
+        batch = run.batch(step)  # prompts, and the keys of their random numbers
 
         # (2) Prefixes. WHERE is supervision applied? On what the student itself says.
         rollouts = sample(student, batch.prompts, batch.keys, run.vocab, args.max_new_tokens, **sampling)
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged over processes, too
+        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -111,7 +111,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # of all shards
         optimizer.step()
         optimizer.zero_grad()
 

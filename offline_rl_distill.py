@@ -1,30 +1,30 @@
 """Offline-RL-style distillation: reverse KL on the teacher's prefixes.
 
-    L(θ) = E_{s ~ d^T} [ KL( q_θ(·|s) ‖ p_T(·|s) ) ]        s = (prompt, response so far), p_T the frozen teacher
+    L(θ) = E_{s ~ d^T} [ KL( q_θ(·|s) ‖ p_T(·|s) ) ]    s ~ d^T: a prompt, and what the teacher has said so far
 
                          forward KL(p_T‖q_θ)      reverse KL(q_θ‖p_T)
     teacher prefixes     sft_offpolicy.py         offline_rl_distill.py  <- this file
     student prefixes     dagger_onpolicy.py       opd.py
 
-What it does. The teacher answers the prompts, once; at every prefix of its answers the student is trained by a
-policy gradient: Proposition 1 (ii) of arXiv 2605.16826,
+What it does. The frozen teacher responds to the prompts, once; at every prefix of its responses the student is trained
+by a policy gradient: Proposition 1 (ii) of arXiv 2605.16826,
 
     ∇ KL(q_θ‖p_T) = E_{y ~ q_θ} [ (log q_θ(y|s) − log p_T(y|s)) ∇ log q_θ(y|s) ],
 
 with the student's actions y and the reward log p_T − log q_θ, at states from a fixed data set of another policy's
-making: offline reinforcement learning. It is mode-seeking: entropy falls.
+making: offline reinforcement learning. It is mode-seeking: the student is punished for what the teacher would not say.
 A student that ends by another token than its teacher, as a base model does, is punished for its own end and slow to
 learn the teacher's: this gradient vanishes with q. (`--ends as_one` compares all ends as one action.)
 
 What it leaves out, on purpose.
 - The student's own mistakes: it never sees a prefix that it would write and the teacher would not (exposure bias).
-- Importance weights (only the states are off-policy, actions are the student's own or all of them), and pessimism.
-- Fresh data: each prompt has --teacher_samples answers, stored next to --out_dir, for every epoch and for other runs.
+- Importance weights and pessimism, offline RL's guards where data lack an action: the teacher here rewards any action.
+- Fresh data: each prompt has --teacher_samples responses, stored beside --out_dir, for every epoch and other runs.
 
 Run it.
-    python offline_rl_distill.py                                CPU, the embedded toy: under a minute
-    python offline_rl_distill.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us
-    torchrun --nproc_per_node 4 offline_rl_distill.py ...       the same run on several GPUs
+    python offline_rl_distill.py                                              CPU, the embedded toy: under a minute
+    python offline_rl_distill.py --recipe recipes/qwen3-4b.txt --out_dir DIR  Qwen3, one GPU; not run by us
+    torchrun --nproc_per_node 4 offline_rl_distill.py ...                     the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -34,13 +34,13 @@ from typing import Literal
 
 import torch
 
-from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # for all four corners
+from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # alike in all four
 from plumbing.processes import average, full
 from plumbing.runs import open_run, parse
 
 
 @dataclass
-class Args:
+class Args:  # behind each argument: its --help text, with the bounds that plumbing/runs.py checks
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
@@ -80,23 +80,23 @@ class Args:
 
 def main(args: Args):
     # (1) Data, models, optimizer. What is wrong with arguments or data is said before models load; a run that was
-    # stopped continues where it was.
+    # stopped continues where it was. `evaluate` is for the run to call, every --eval_every steps.
     run = open_run(args, evaluate)
     student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.resume(student, optimizer)  # or begin, with an evaluation
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
-    answers = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)
+    teacher_rollouts = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)
 
     for step in run.steps():
-        batch = run.batch(step)
+        batch = run.batch(step)  # prompts, and the keys of their random numbers
 
         # (2) Prefixes. WHERE is supervision applied? On what the teacher says, sampled once and reused.
-        rollouts = answers(batch, args.max_new_tokens)
+        rollouts = teacher_rollouts(batch, args.max_new_tokens)
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged over processes, too
+        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -111,7 +111,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # of all shards
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,31 +1,31 @@
 """On-policy distillation (OPD): reverse KL on the student's own prefixes.
 
-    L(θ) = E_{s ~ d^S} [ KL( q_θ(·|s) ‖ p_T(·|s) ) ]        s = (prompt, response so far), p_T the frozen teacher
+    L(θ) = E_{s ~ d^S} [ KL( q_θ(·|s) ‖ p_T(·|s) ) ]    s ~ d^S: a prompt, and what the student has said so far
 
                          forward KL(p_T‖q_θ)      reverse KL(q_θ‖p_T)
     teacher prefixes     sft_offpolicy.py         offline_rl_distill.py
     student prefixes     dagger_onpolicy.py       opd.py  <- this file
 
-What it does. The student answers the prompts itself; at every prefix it visits, its next-token distribution is
-pulled towards the teacher's. Proposition 1 (ii) of arXiv 2605.16826 says what the gradient is,
+What it does. The student responds to the prompts itself; at every prefix it visits, its next-token distribution q_θ is
+pulled towards p_T, the frozen teacher's. Proposition 1 (ii) of arXiv 2605.16826 says what the gradient is,
 
     ∇ KL(q_θ‖p_T) = E_{y ~ q_θ} [ (log q_θ(y|s) − log p_T(y|s)) ∇ log q_θ(y|s) ],
 
 a policy gradient with the reward log p_T − log q_θ at every token. It is mode-seeking: the student is punished for
-what the teacher would not say, and not for leaving out some of what the teacher would. Entropy falls.
+what the teacher would not say, and only mildly for leaving out some of what the teacher would (half of it: log 2).
 A student that ends by another token than its teacher, as a base model does, is punished for its own end and slow to
 learn the teacher's, which it never says. Where the training length reaches an ending (on the toy, --max_new_tokens 96)
 its responses can grow to the cap; `--ends as_one` compares all end tokens as one action.
 
 What it leaves out, on purpose.
 - The prefixes count as data: no gradient flows through the choice of s. The full gradient of the sequence-level KL
-  has one more term, the rewards still to come times ∇ log q_θ (tests/test_identities.py adds it back).
-- No reward, no value function, no importance weights: rollouts are used once, by the student that made them.
+  has one more term, minus the rewards still to come, times ∇ log q_θ (tests/test_identities.py adds it back).
+- No reward for being right, no value function, no importance weights: a rollout is used once, by its own student.
 
 Run it.
-    python opd.py                                    CPU, the embedded toy: half a minute, Avg@8 .51 to .71
-    python opd.py --recipe recipes/qwen3-4b.txt      Qwen3-0.6B <- 4B on one GPU; not run by us
-    torchrun --nproc_per_node 4 opd.py ...           the same run on several GPUs
+    python opd.py                                              CPU, the embedded toy: half a minute, Avg@8 .51 to .71
+    python opd.py --recipe recipes/qwen3-4b.txt --out_dir DIR  Qwen3, one GPU; not run by us
+    torchrun --nproc_per_node 4 opd.py ...                     the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -35,13 +35,13 @@ from typing import Literal
 
 import torch
 
-from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # for all four corners
+from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # alike in all four
 from plumbing.processes import average, full
 from plumbing.runs import open_run, parse
 
 
 @dataclass
-class Args:
+class Args:  # behind each argument: its --help text, with the bounds that plumbing/runs.py checks
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
@@ -80,7 +80,7 @@ class Args:
 
 def main(args: Args):
     # (1) Data, models, optimizer. What is wrong with arguments or data is said before models load; a run that was
-    # stopped continues where it was.
+    # stopped continues where it was. `evaluate` is for the run to call, every --eval_every steps.
     run = open_run(args, evaluate)
     student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -88,14 +88,14 @@ def main(args: Args):
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
 
     for step in run.steps():
-        batch = run.batch(step)
+        batch = run.batch(step)  # prompts, and the keys of their random numbers
 
         # (2) Prefixes. WHERE is supervision applied? On what the student itself says.
         rollouts = sample(student, batch.prompts, batch.keys, run.vocab, args.max_new_tokens, **sampling)
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged over processes, too
+        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -110,7 +110,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # of all shards
         optimizer.step()
         optimizer.zero_grad()
 

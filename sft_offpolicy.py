@@ -1,30 +1,30 @@
 """Off-policy SFT: forward KL on the teacher's prefixes.
 
-    L(θ) = E_{s ~ d^T} [ KL( p_T(·|s) ‖ q_θ(·|s) ) ]        s = (prompt, response so far), p_T the frozen teacher
+    L(θ) = E_{s ~ d^T} [ KL( p_T(·|s) ‖ q_θ(·|s) ) ]    s ~ d^T: a prompt, and what the teacher has said so far
 
                          forward KL(p_T‖q_θ)      reverse KL(q_θ‖p_T)
     teacher prefixes     sft_offpolicy.py <-      offline_rl_distill.py
     student prefixes     dagger_onpolicy.py       opd.py
 
-What it does. The teacher answers the prompts, once; at every prefix of its answers the student's next-token
-distribution is pulled towards the teacher's. Summed over a response this is the sequence-level KL(p_T‖q_θ), so
+What it does. The teacher responds to the prompts, once; at every prefix of its responses the student's next-token
+distribution q_θ is pulled towards p_T, the teacher's. Summed over a response this is the sequence-level KL(p_T‖q_θ), so
 nothing is left out of its gradient. Proposition 1 (i) of arXiv 2605.16826 says what that is,
 
     ∇ KL(p_T‖q_θ) = − E_{y ~ p_T} [ ∇ log q_θ(y|s) ],
 
-cross-entropy on the teacher's soft targets; `--estimator sampled` draws y, and is SFT on the teacher's tokens. It is
-mass-covering: entropy falls less than under reverse KL.
+cross-entropy on the teacher's soft targets. (`--estimator sampled` draws one y at each prefix, anew at each use: SFT
+on a teacher's tokens.) It is mass-covering: the student is punished for leaving out what the teacher would say.
 A student that ends by another token than its teacher, as a base model does, learns the teacher's soon: this gradient
 is largest where the student does not say what the teacher does. (`--ends as_one` compares all ends as one action.)
 
 What it leaves out, on purpose.
 - The student's own mistakes: it never sees a prefix that it would write and the teacher would not (exposure bias).
-- Fresh data: each prompt has --teacher_samples answers, stored next to --out_dir, for every epoch and for other runs.
+- Fresh data: each prompt has --teacher_samples responses, stored beside --out_dir, for every epoch and other runs.
 
 Run it.
-    python sft_offpolicy.py                                CPU, the embedded toy: under a minute
-    python sft_offpolicy.py --recipe recipes/qwen3-4b.txt  Qwen3-0.6B <- 4B on one GPU; not run by us
-    torchrun --nproc_per_node 4 sft_offpolicy.py ...       the same run on several GPUs
+    python sft_offpolicy.py                                              CPU, the embedded toy: under a minute
+    python sft_offpolicy.py --recipe recipes/qwen3-4b.txt --out_dir DIR  Qwen3, one GPU; not run by us
+    torchrun --nproc_per_node 4 sft_offpolicy.py ...                     the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
 """
 
@@ -34,13 +34,13 @@ from typing import Literal
 
 import torch
 
-from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # for all four corners
+from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # alike in all four
 from plumbing.processes import average, full
 from plumbing.runs import open_run, parse
 
 
 @dataclass
-class Args:
+class Args:  # behind each argument: its --help text, with the bounds that plumbing/runs.py checks
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
     data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
@@ -80,23 +80,23 @@ class Args:
 
 def main(args: Args):
     # (1) Data, models, optimizer. What is wrong with arguments or data is said before models load; a run that was
-    # stopped continues where it was.
+    # stopped continues where it was. `evaluate` is for the run to call, every --eval_every steps.
     run = open_run(args, evaluate)
     student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.resume(student, optimizer)  # or begin, with an evaluation
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
-    answers = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)
+    teacher_rollouts = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)
 
     for step in run.steps():
-        batch = run.batch(step)
+        batch = run.batch(step)  # prompts, and the keys of their random numbers
 
         # (2) Prefixes. WHERE is supervision applied? On what the teacher says, sampled once and reused.
-        rollouts = answers(batch, args.max_new_tokens)
+        rollouts = teacher_rollouts(batch, args.max_new_tokens)
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged over processes, too
+        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -111,7 +111,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # of all shards
         optimizer.step()
         optimizer.zero_grad()
 

@@ -44,9 +44,9 @@ ON_POLICY = "rollouts = sample(student, batch.prompts, batch.keys, run.vocab, ar
 KL = ["-" + HOW.format("reverse_kl"), "+" + HOW.format("forward_kl")]
 PREFIX = [
     "+teacher_samples: int = 1",
-    "+answers = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)",
+    "+teacher_rollouts = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)",
     "-" + ON_POLICY,
-    "+rollouts = answers(batch, args.max_new_tokens)",
+    "+rollouts = teacher_rollouts(batch, args.max_new_tokens)",
 ]
 
 
@@ -249,6 +249,12 @@ def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tm
     # flops do not depend on what was found on disk
     assert count("sft_offpolicy", "k") == 0
     assert [r.get("flops") for r in read_log(tmp_path / "k")] == [r.get("flops") for r in read_log(tmp_path / "a")]
+    # ... and a curriculum pays at its first stage for the whole responses that are sampled there
+    ladder = dict(prefixes="teacher", held_out=1, h_min=0.0, max_new_tokens=9)
+    count("curriculum", "m", lengths="2,9", **ladder)
+    count("curriculum", "n", lengths="2", **ladder)
+    first, alone = (read_log(tmp_path / name)[1]["flops"] for name in "mn")
+    assert first > alone
 
 
 def test_a_store_cut_short_by_a_kill_is_mended(world, tmp_path):
