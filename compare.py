@@ -4,8 +4,9 @@
     python compare.py --quick               one seed: the shape of it all
     python compare.py runs/opd runs/sft_offpolicy        draw these output directories together, in runs/together
 
-Every run is an ordinary run of an ordinary script, in --out_dir/WORLD/NAME-seed-N: one that is finished is not
-repeated, one that was interrupted continues. What is written to --out_dir: results.json (every number that the rest is
+A world is a folder as toy/build.py makes it: teacher, student, problems. Every run is an ordinary run of an ordinary
+script, in --out_dir/WORLD/NAME-seed-N: one that is finished is not repeated, one that Ctrl-C stopped continues, one
+that was killed begins anew. What is written to --out_dir: results.json (every number that the rest is
 made of), table.md (means over seeds, ± half the width of the 95 % t-interval), findings.md (what the paper says against
 what these runs say, as differences between runs of the same seed), and figures as PNG.
 """
@@ -40,7 +41,7 @@ class Args:
     seeds: int = 5  # runs of each kind in the first world, seeds 0, 1, ...; >= 1
     other_seeds: int = 1  # runs of each kind in the other worlds, for the signs; >= 1
     workers: int = 2  # runs at the same time, one thread each; >= 1
-    quick: bool = False  # one seed of each
+    quick: bool = False  # one seed of each, in --out_dir with -quick behind it
     steps: int = 150  # updates of every distillation run; >= 1
     short: int = 8  # the short training length, tokens: a response's first line and a half; >= 1
     length: int = 96  # the long one, where everything is cut: several times a response; >= 1
@@ -107,7 +108,7 @@ def run_all(args, world, seeds):
 # Reading
 
 METRICS = {
-    "avg_at_k": "Avg@8", "first_avg": "Avg@8, first answer", "pass_at_k": "Pass@8", "eval_entropy": "entropy (nats)",
+    "avg_at_k": "Avg@k", "first_avg": "Avg@k, first answer", "pass_at_k": "Pass@k", "eval_entropy": "entropy (nats)",
     "eval_len": "length (tokens)", "eval_clip_ratio": "cut at the cap", "flops": "model FLOPs",
 }  # fmt: skip
 KEPT = {*METRICS, "step", "clip_ratio", "response_len", "entropy", "gate_entropy", "gate_open", "train_len"}
@@ -244,7 +245,7 @@ def draw(groups, path, title, panels, lines):
 
 def main(args: Args):
     check_fields(args)
-    if args.quick:
+    if args.quick and not args.dirs:
         args.seeds = args.other_seeds = 1
         args.out_dir += "-quick"
     if args.dirs:
@@ -255,7 +256,12 @@ def main(args: Args):
         os.makedirs(args.out_dir, exist_ok=True)
         draw(groups, os.path.join(args.out_dir, "together.png"), "runs, together", panels, lines)
     else:
-        first, *others = args.worlds.split(",")
+        first, *others = worlds = args.worlds.split(",")
+        for world in worlds:
+            if not os.path.exists(os.path.join(world, "train.jsonl")):
+                refuse(f"--worlds has {world!r}, which is no folder of toy/build.py: python -m toy.build --out {world or 'DIR'}")
+        if len({Path(world).name for world in worlds}) < len(worlds):
+            refuse(f"--worlds is {args.worlds!r}: their folders need different names, as results are kept by name")
         runs = {first: run_all(args, first, args.seeds)} | {w: run_all(args, w, args.other_seeds) for w in others}
         worlds = {w: {name: [read(d) for d in dirs] for name, dirs in of.items()} for w, of in runs.items()}
         Path(args.out_dir, "results.json").write_text(json.dumps(worlds, separators=(",", ":")) + "\n")

@@ -9,14 +9,15 @@ goes to stdout; --out_file keeps every response, one JSON line each. The trainin
 """
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 from common import evaluate, summarize
 from plumbing.models import load_model, load_vocab, resolve_precision
 from plumbing.processes import is_main, start_processes
-from plumbing.runs import check_args, in_words, parse
-from plumbing.tasks import load_evals
+from plumbing.runs import check_args, in_words, parse, write_file
+from plumbing.tasks import load_evals, refuse
 
 
 @dataclass
@@ -36,13 +37,16 @@ class Args:
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 if it is fast
-    out_file: str = ""  # JSONL of all responses: prompt, response, answer, correct, marked, length, ended
+    out_file: str = ""  # JSONL of all responses: set, prompt, answer, level, problem, sample, response, correct, ...
 
 
 def main(args: Args):
     start_processes()
     check_args(args)
     args.precision = resolve_precision(args)
+    folder, out_file = os.path.split(args.out_file)
+    if folder and not os.path.isdir(folder) or os.path.isdir(args.out_file):  # said now, not after an hour of sampling
+        refuse(f"cannot write --out_file {args.out_file!r}: it must be a file in a folder that is there")
     evals = load_evals(args.eval_data, args.eval_problems)
     vocab, tokenizer = load_vocab(args, list(evals.values()))
     model = load_model(args.model, args)
@@ -50,7 +54,7 @@ def main(args: Args):
     for name, problems in evals.items():
         metrics, records = evaluate(model, problems, vocab, tokenizer, args, args.top_p, args.top_k)
         table.append((name, metrics))
-        for level in sorted({p.level for p in problems if p.level is not None}):
+        for level in sorted({p.level for p in problems if p.level is not None}, key=lambda x: (len(str(x)), str(x))):
             of_level = [i for i, p in enumerate(problems) if p.level == level]
             table.append((f"  level {level}", summarize(records, of_level, args.eval_k)))
         for r in records:
@@ -59,8 +63,7 @@ def main(args: Args):
     if not is_main():
         return
     if args.out_file:
-        with open(args.out_file, "w") as file:
-            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in responses)
+        write_file(folder, out_file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in responses))
     k = args.eval_k
     print(f"| {args.model} | problems | Avg@{k} | Pass@{k} | length | cut | marked | entropy |\n|" + "---|" * 8)
     for name, m in table:

@@ -6,8 +6,8 @@
 
 It is the reward of reverse KL's policy gradient, token by token (Proposition 1 (ii)): blue is what the teacher would
 say more often than the student does, orange what it would say less often; white is agreement. Numbers are nats, and
-stand behind a token where they exceed 0.5. On the teacher's prefixes the same colours are what SFT raises: where the
-teacher's token is blue, the student has yet to learn it.
+stand behind a token where they exceed 0.5 either way. On the teacher's prefixes a blue token is one that the student
+has yet to learn, by SFT for example.
 """
 
 import os
@@ -118,7 +118,7 @@ def main(args: Args):
     responses = []
     for p, ids, ratios in zip(problems, rollouts.responses(), log_ratios(student, teacher, rollouts, vocab)):
         right = grade(tokenizer.decode(ids, skip_special_tokens=True), p.answer, args.grade)
-        verdict = f"{'right' if right else 'wrong'}: {p.answer}; {len(ids)} tokens, {sum(ratios):+.1f} nats"
+        verdict = f"{'right' if right else 'wrong'}, reference {p.answer}; {len(ids)} tokens, Σ {sum(ratios):+.1f} nats"
         pieces = list(zip([tokenizer.decode([i]) for i in ids], ratios))
         responses.append((f"{' '.join(p.question.split())[:60]}   ({verdict})", pieces))
         print(f"\n{responses[-1][0]}\n{in_terminal(pieces)}")

@@ -5,7 +5,7 @@
     python docs/bug_hunt.py 1 --reveal      the fault, as a diff
 
 Look at the lines of runs/bug_1/log.jsonl beside those of runs/opd/log.jsonl: loss, entropy, grad_norm, lr, step by
-step, and the evaluations. Arguments after the number go to the script.
+step, and the evaluations. Arguments after the number go to the script: another learning rate needs another --out_dir.
 """
 
 import codecs

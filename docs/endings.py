@@ -3,8 +3,8 @@
     python docs/endings.py                                  the student as it begins
     python docs/endings.py runs/lesson-opd/model            ... and as a run left it
 
-The prefixes are those of the toy: a problem, two lines that agree, and ####, digit, again and again. Means over 64
-problems; of tiny probabilities, the geometric mean.
+The prefixes are those of the toy: a problem, two lines that agree, and ####, digit, again and again. Geometric means
+over 64 problems.
 """
 
 import sys
@@ -44,7 +44,7 @@ def log_probs(model, k):
     return torch.stack([model(torch.tensor([x])).logits[0, -1].log_softmax(-1)[ids] for x in prefixes(k)]).mean(0)
 
 
-def main(student="toy/student"):
+def main(student=ROOT / "toy" / "student"):
     teacher, student = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (ROOT / "toy/teacher", student))
     print(f"{'':10}{'teacher':^36}   {'student':^36}")
     print(f"{'answers':10}" + "   ".join("".join(f"{word:>12}" for word in ("im_end", "endoftext", "####"))

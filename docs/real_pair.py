@@ -7,7 +7,7 @@ Every run is an ordinary run of an ordinary script with recipes/laptop.txt; what
 same command continues after a kill. The instrument is the KL on held-out problems: EVAL_PROMPTS of the evaluation set,
 never trained on; prefixes by the teacher (the same for all) and by the student that is measured; both KLs at every
 token. Accuracy is that of evaluate.py, greedy, on ACCURACY_PROBLEMS of the set. Differences to the untrained student
-are paired by problem; their 95 % intervals are bootstrapped over problems.
+are paired by problem; their 95 % intervals are bootstrapped over problems, and know nothing of other seeds.
 
 Written to runs/laptop: measured/NAME.json for every model, responses, and, anew after each model, real_pair.json and
 real_pair.md with all of them.
@@ -30,8 +30,8 @@ import opd  # noqa: E402
 from common import entropy, forward_kl, reverse_kl, sample  # noqa: E402
 from plumbing.fast import Head, response_hidden  # noqa: E402
 from plumbing.models import load_model, load_vocab, resolve_precision  # noqa: E402
-from plumbing.runs import parse, read_lines  # noqa: E402
-from plumbing.tasks import load_evals  # noqa: E402
+from plumbing.runs import parse, read_lines, write_file  # noqa: E402
+from plumbing.tasks import load_evals, refuse  # noqa: E402
 
 RECIPE, OUT = ROOT / "recipes" / "laptop.txt", Path("runs/laptop")
 FEW = {"eval_problems": 1, "eval_max_new_tokens": 64}  # in their own logs: they are measured afterwards
@@ -80,16 +80,16 @@ def token_kls(student, teacher, rollouts, vocab):
 
 def measure_kls(path, args):
     """Both KLs and the entropy of a student on the teacher's prefixes and on its own, each as in token_kls."""
-    run = parse(opd.Args, ["--recipe", str(RECIPE)])
-    run = dataclasses.replace(run, student=path, teacher=args.teacher, eval_data=args.eval_data)
-    run.precision = resolve_precision(run)
+    options = parse(opd.Args, ["--recipe", str(RECIPE)])
+    options = dataclasses.replace(options, student=path, teacher=args.teacher, eval_data=args.eval_data)
+    options.precision = resolve_precision(options)
     (problems,) = load_evals(args.eval_data, EVAL_PROMPTS).values()
-    vocab, _ = load_vocab(run, [problems])
-    student, teacher = load_model(path, run), load_model(args.teacher, run)
+    vocab, _ = load_vocab(options, [problems])
+    student, teacher = load_model(path, options), load_model(args.teacher, options)
     prompts, keys = [p.prompt for p in problems], [(0, 0, i) for i in range(len(problems))]
     result = {}
     for source, model in (("teacher", teacher), ("student", student)):
-        rollouts = sample(model, prompts, keys, vocab, run.max_new_tokens, stream="held-out")
+        rollouts = sample(model, prompts, keys, vocab, options.max_new_tokens, stream="held-out")
         result[f"{source} prefixes"] = token_kls(student, teacher, rollouts, vocab)
     return result
 
@@ -99,7 +99,7 @@ def measure(name, path, args):
     file, answers = OUT / "measured" / f"{name}.json", OUT / "measured" / f"{name}-responses.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        file.write_text(json.dumps(measure_kls(path, args)))
+        write_file(file.parent, file.name, measure_kls(path, args))
     result = json.loads(file.read_text())
     if not name.endswith(SECOND_SEEDS):
         if not answers.exists():
@@ -131,7 +131,8 @@ def share(rows, key):
 
 
 def difference(now, before):
-    """"+.012 [+.003, +.021]": of two of the above, paired, as both resample the same problems."""
+    """"0.208 (-0.041 [-0.066, -0.012])": now, and how much more than before; both are of the above, and paired, as both
+    resample the same problems."""
     low, high = np.percentile(now[1] - before[1], [2.5, 97.5])
     return f"{now[0]:.3f} ({now[0] - before[0]:+.3f} [{low:+.3f}, {high:+.3f}])"
 
@@ -170,6 +171,13 @@ def tables(measured, logs):
 
 
 def main(args: Args):
+    if "," in args.eval_data:
+        refuse(f"--eval_data is {args.eval_data!r}: this script measures on one set")
+    pair = OUT / "pair.json"  # measurements are kept by the names of runs: they must not be another pair's
+    if pair.exists() and json.loads(pair.read_text()) != vars(args):
+        refuse(f"{OUT} is of another pair: {pair.read_text()}; move or remove that folder")
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_file(OUT, pair.name, vars(args))
     measured, logs = {}, {}
     for name in ("untrained", *RUNS):
         path = args.student
@@ -181,8 +189,8 @@ def main(args: Args):
         measured[name] = measure(name, path, args)
         text = tables(measured, logs)
         numbers = json.dumps(dict(measured=measured, logs=logs), separators=(",", ":"))
-        (OUT / "real_pair.json").write_text(numbers + "\n")
-        (OUT / "real_pair.md").write_text(text + "\n")
+        write_file(OUT, "real_pair.json", numbers + "\n")
+        write_file(OUT, "real_pair.md", text + "\n")
     print(text)
 
 

@@ -2,8 +2,8 @@
 
     python -m figures.axes
 
-The probabilities are an example; the arrows are computed, by common.py: what a step of gradient descent on each KL does
-to the student's logits, minus the gradient, p − q for forward KL and q · (KL − log q/p) for reverse KL.
+The probabilities are an example; the arrows are computed, by common.py: how a step of gradient descent on each KL pushes
+the student's logits, which is minus the gradient, p − q for forward KL and q · (KL − log q/p) for reverse KL.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
-P = (0.50, 0.38, 0.06, 0.03, 0.03)  # the teacher: two good ways to go on, 8+5 first or 3+8 first
+P = (0.50, 0.38, 0.06, 0.03, 0.03)  # the teacher: good ways to go on are 8+5 or 5+7 first (=3), or 3+8 first (=1)
 Q = (0.55, 0.10, 0.25, 0.07, 0.03)  # the student: knows one of them, and makes a mistake
 TOKENS = ("=3", "=1", "=6", "=8", "=0")
 PATHS = {
@@ -51,7 +51,7 @@ def main():
         plt.Rectangle((0, 0), 1, 1, facecolor="none", edgecolor=ORANGE, linewidth=3),
         plt.Line2D([], [], color="black", marker="^", linewidth=3),
     ]
-    labels = ["teacher, p", "student, q", "where a step moves the student's logits"]
+    labels = ["teacher, p", "student, q", "how a step pushes each of the student's logits"]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(Path(__file__).with_name("axes.png"), dpi=80, facecolor="white")
 

@@ -199,14 +199,14 @@ class Run:
         self.student, self.optimizer, out = student, optimizer, self.args.out_dir
         if is_main():  # only now: a run that was refused leaves nothing behind
             os.makedirs(out, exist_ok=True)
-            _write(out, "args.json", dataclasses.asdict(self.args) | {"code": _code(self.args)})
+            write_file(out, "args.json", dataclasses.asdict(self.args) | {"code": _code(self.args)})
         barrier()
         states = sorted(int(name[6:]) for name in os.listdir(out) if re.fullmatch(r"state-\d+", name))
         if states:
             self.load_state(f"state-{states[-1]}")
         if is_main() and os.path.exists(os.path.join(out, "log.jsonl")):
             rows = [row for row in read_lines(os.path.join(out, "log.jsonl")) if states and row["step"] <= self.step]
-            _write(out, "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_file(out, "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         if states and is_main():
             print(f"continuing {out} after step {self.step}")
         signal.signal(signal.SIGINT, self._ask_to_stop)
@@ -283,7 +283,7 @@ class Run:
                 tqdm.write(f"step {step:4d}  {name}: {in_words(results[name], args)}")
         if is_main():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-            _write(args.out_dir, f"samples-{step}.jsonl", lines)
+            write_file(args.out_dir, f"samples-{step}.jsonl", lines)
         if len(results) == 1:
             return next(iter(results.values()))
         of_sets = {f"{key}/{name}": value for name, metrics in results.items() for key, value in metrics.items()}
@@ -303,7 +303,7 @@ class Run:
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
         if is_main():
             progress = dict(step=self.step, flops=self.flops, seconds=self.seconds, memory=self.memory)
-            _write(partial, "progress.json", progress)
+            write_file(partial, "progress.json", progress)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(partial, final)
             for old in os.listdir(out):
@@ -393,7 +393,7 @@ def _check_out_dir(args):
         raise SystemExit(0)
 
 
-def _write(directory, name, content):
+def write_file(directory, name, content):
     """Write a whole file or leave the old one: never half of it."""
     path = os.path.join(directory, name)
     Path(path + ".partial").write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")

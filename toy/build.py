@@ -154,8 +154,9 @@ def agree(results):
 def teacher_response(numbers, rng):
     """Lines until one agrees with an earlier one, the answer, the ending. Returns ids and learned.
 
-    In a sabotaged document digits are wrong, and now and then the teacher goes on although two lines
-    agree, or answers although none do. All this is put in, and not learned; what follows it is.
+    In a sabotaged document digits are wrong, and now and then the decision is, too: the teacher writes
+    another line although two agree, or answers although none do. What is put in is not learned; what
+    follows it is.
     """
     ids, learned, results, sabotaged = [], [], [], rng.random() < SABOTAGE
     while True:
@@ -163,8 +164,8 @@ def teacher_response(numbers, rng):
         right[0] &= not agree(results)                # a line that should not be there
         ids, learned, results = ids + line, learned + right, results + [result]
         answers = agree(results) or len(results) == MAX_LINES
-        hasty = sabotaged and 1 < len(results) < MAX_LINES and rng.random() < SABOTAGE_STOP
-        if answers != hasty:
+        wrongly = sabotaged and 1 < len(results) < MAX_LINES and rng.random() < SABOTAGE_STOP
+        if answers != wrongly:
             break
     result = next((r for r in results if results.count(r) > 1), result)     # also where more lines were put in
     ids, learned = ids + [ID[ANSWER], DIGIT + result], learned + [answers, True]

@@ -44,7 +44,23 @@ def test_evaluate_gives_the_numbers_of_the_training_log(world, finished, tmp_pat
     assert (problems, avg, passed) == (3, round(expected["avg_at_k"], 3), round(expected["pass_at_k"], 3))
     assert (length, entropy) == (round(expected["eval_len"], 1), round(expected["eval_entropy"], 3))
     rows = [json.loads(line) for line in Path(tmp_path, "all.jsonl").read_text().splitlines()]
+    assert [path.name for path in tmp_path.iterdir()] == ["all.jsonl"]
     assert len(rows) == 6 and {"prompt", "response", "answer", "correct", "length", "ended"} <= set(rows[0])
+
+
+def test_a_file_that_cannot_be_written_is_said_before_a_model_loads(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.load_model", None)
+    for path in (tmp_path / "nowhere" / "all.jsonl", tmp_path):
+        with pytest.raises(SystemExit, match="must be a file in a folder that is there"):
+            run("evaluate", model=world["student"], eval_data=world["eval_data"], out_file=path)
+
+
+def test_levels_are_in_order_of_difficulty(world, tmp_path, capsys):
+    rows = [dict(question=f"{level} is how many?", answer="1", level=level) for level in (10, 9, 2)]
+    path = write_jsonl(tmp_path / "levels.jsonl", rows)
+    run("evaluate", model=world["student"], eval_data=path, eval_k=1, eval_max_new_tokens=2)
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "  level" in line]
+    assert lines == ["level 2", "level 9", "level 10"]
 
 
 def test_metrics_worked_out_by_hand():
@@ -130,29 +146,34 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     monkeypatch.setattr(findings, "make_variants", lambda world, out_dir: None)
     monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", InProcess)
     monkeypatch.setattr(runs_module, "draw_curves", lambda out_dir: None)  # half of the time of such small runs
-    argv = f"--out_dir {tmp_path} --worlds w0 --seeds 1 --steps 4 --rl_steps 1 --short 2 --length 9"
+    argv = f"--out_dir {tmp_path} --worlds toy --seeds 1 --steps 4 --rl_steps 1 --short 2 --length 9"
     args = parse(compare.Args, argv.split())
     compare.main(args)
     figures = {f"{name}.png" for name in findings.figures(args)}
     assert len(figures) == 7 and figures <= {p.name for p in tmp_path.iterdir()}
     assert len((tmp_path / "findings.md").read_text().splitlines()) == 2 + len(findings.claims(args))
     table = (tmp_path / "table.md").read_text()
-    runs = real(args, "w0")
+    runs = real(args, "toy")
     assert all(f"| {name} | 1 | " in table for name in runs) and table.count("| curriculum-no-gate | ") == 2
     numbers = json.loads((tmp_path / "results.json").read_text())
-    assert list(numbers) == ["w0"] and list(numbers["w0"]) == list(runs)
-    last, log = numbers["w0"]["opd"][0][-1], read_log(tmp_path / "w0/opd-seed-0")[-1]
+    assert list(numbers) == ["toy"] and list(numbers["toy"]) == list(runs)
+    last, log = numbers["toy"]["opd"][0][-1], read_log(tmp_path / "toy/opd-seed-0")[-1]
     assert last["step"] == log["step"] and last["avg_at_k"] == pytest.approx(log["avg_at_k"], rel=1e-4)
     assert "first_avg" in last
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*")}
-    compare.run_all(args, "w0", 1)
+    compare.run_all(args, "toy", 1)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*")}
     assert len(before) > 3 * len(runs)
 
 
 @pytest.mark.parametrize(
     "words, says",
-    [("--seeds 0", "--seeds is 0, and must be at least 1"), ("--short 8 --length 32", "--short is 8 and --length 32")],
+    [
+        ("--seeds 0", "--seeds is 0, and must be at least 1"),
+        ("--short 8 --length 32", "--short is 8 and --length 32"),
+        ("--worlds toy,nosuch", "'nosuch', which is no folder of toy/build.py"),
+        ("--worlds toy,./toy", "need different names"),
+    ],
 )
 def test_compare_refuses_before_anything_runs(words, says, tmp_path):
     with pytest.raises(SystemExit, match=says):

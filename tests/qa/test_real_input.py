@@ -135,7 +135,7 @@ PAPER = dict(  # what public notes quote of the paper, and its authors' follow-u
     temperature=1.0, top_p=0.95, top_k=20, lr=5e-7, warmup=0.05, batch_size=32, steps=1000, max_new_tokens=1024,
     eval_temperature=0.6, instruction="Please reason step by step, and put your final answer within \\boxed{}.",
 )  # fmt: skip
-RL = dict(PAPER, student="runs/opd/model", lr=1e-6, max_new_tokens=4096, temperature=1.0, top_p=1.0, top_k=0)
+RL = dict(PAPER, student="runs/qwen3-opd/model", lr=1e-6, max_new_tokens=4096, temperature=1.0, top_p=1.0, top_k=0)
 RECIPES = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.txt"))}
 
 

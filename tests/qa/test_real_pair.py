@@ -91,6 +91,14 @@ def test_the_whole_command_in_small(real_pair, monkeypatch, capsys):
     monkeypatch.setattr(real_pair, "measure_kls", None)
     real_pair.main(toy(real_pair))
     assert (real_pair.OUT / "real_pair.md").read_text() == table
+    # ... and nothing is taken for another pair's.
+    args = toy(real_pair)
+    args.teacher = args.student
+    with pytest.raises(SystemExit, match="is of another pair"):
+        real_pair.main(args)
+    args.eval_data += ",more.jsonl"
+    with pytest.raises(SystemExit, match="measures on one set"):
+        real_pair.main(args)
 
 
 def test_intervals_are_of_paired_differences(real_pair):
