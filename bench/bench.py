@@ -255,7 +255,8 @@ def train_trl(case, clock, student, teacher):
         output_dir="/tmp", save_strategy="no", report_to="none", disable_tqdm=True, beta=1.0,
         max_steps=clock.n_steps, per_device_train_batch_size=case.micro_batch_size, shuffle_dataset=False,
         gradient_accumulation_steps=case.batch_size // case.micro_batch_size, max_completion_length=case.max_new_tokens,
-        gradient_checkpointing=False, disable_dropout=True, bf16=case.precision == "bf16", use_cpu=case.device == "cpu",
+        gradient_checkpointing=False, disable_dropout=True, learning_rate=case.lr, lr_scheduler_type="constant",
+        bf16=case.precision == "bf16", use_cpu=case.device == "cpu",
     )  # fmt: skip
     callback = transformers.TrainerCallback()
     callback.on_step_end = lambda *args, **kwargs: clock.end_step()
@@ -289,8 +290,9 @@ def measure(contestant, case):
     student.generate = clock.during("rollout")(student.generate)
     run = dict(ours=[train, sample, weighted_kl], plain=[train, plain_sample, plain_kl], trl=[train_trl])[contestant]
     outcome = run[0](case, clock, student, teacher, *run[1:])
-    seconds = min(clock.steps[1:-1], key=Counter.total)
-    return dict(contestant=contestant, seconds=seconds, peak=clock.peak, baseline=clock.baseline, **outcome)
+    timed = clock.steps[1:-1]
+    outcome |= dict(seconds=min(timed, key=Counter.total), steps=[step.total() for step in timed])
+    return dict(contestant=contestant, peak=clock.peak, baseline=clock.baseline, **outcome)
 
 
 def limits(case):
@@ -330,6 +332,8 @@ def report(case, records):
     reached = {key: value for key, value in table.get("ours", {}).items() if key in targets}
     for key, value in reached.items():
         print(f"\nours, {key}: {value:.3g}, target {targets[key]}: {'met' if value <= targets[key] else 'missed'}")
+    for name, rows in records.items() if case.steps > 1 else ():
+        print(f"\n{name}: {case.steps} steps in", ", ".join(f"{sum(row['steps']):.4g}" for row in rows), unit)
     for row in records.get("trl", [])[:1]:
         print("\ntrl and ours on the same responses:", {k: v for k, v in row.items() if k.endswith(("loss", "error"))})
 

@@ -40,7 +40,7 @@ def pair(tmp_path_factory):
 
 def test_our_side_prints_a_table_and_writes_its_measurements(capsys, tmp_path):
     out = tmp_path / "measured.jsonl"
-    bench.main(bench.Case("toy", device="cpu", contestants="ours", repeats=1, steps=1, out=str(out)))
+    bench.main(bench.Case("toy", device="cpu", contestants="ours", repeats=1, steps=2, out=str(out)))
     printed = capsys.readouterr().out
     assert "preset='toy', vocab=256, student='128x2', teacher='256x4', batch_size=16, prompt_len=32" in printed
     assert "precision='fp32'" in printed
@@ -49,7 +49,9 @@ def test_our_side_prints_a_table_and_writes_its_measurements(capsys, tmp_path):
     (record,) = map(json.loads, out.read_text().splitlines())
     assert {"machine", "date", "torch", "transformers", "student", "precision", "loss"} <= record.keys()
     assert set(record["seconds"]) == PHASES and all(seconds > 0 for seconds in record["seconds"].values())
-    assert record["peak"] > 0
+    assert record["peak"] > 0 and len(record["steps"]) == 2
+    assert min(record["steps"]) == pytest.approx(sum(record["seconds"].values()))
+    assert f"ours: 2 steps in {sum(record['steps']):.4g} CPU-s" in printed
 
 
 @contestants
