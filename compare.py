@@ -238,6 +238,8 @@ def draw(groups, path, title, panels, lines):
             style = dict(color=color, marker=marker, label=label, capsize=3, markersize=8)
             axis.errorbar(xs, ys, np.nan_to_num(dy), np.nan_to_num(dx) if any(dx) else None, **style)
         axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
+        if y == "pass_at_k":  # near its ceiling one problem more or less must not look like an effect
+            axis.set_ylim(min(0.9, axis.get_ylim()[0]), 1.005)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3, fontsize=12)
     fig.savefig(path, dpi=80)
     plt.close(fig)

@@ -99,7 +99,7 @@ def claims(args):
             difference(avg, "opd-as_one", f"{dagger}-as_one")),
         # What a start has to gain depends on where it stands; the ends are in table.md.
         (rl, "GRPO gains less after OPD than after DAgger", -1, lambda v: gain(v, "opd") - gain(v, dagger)),
-        (rl, f"cause: it ends higher after OPD of {short} than of {long}", +1,
+        (rl, f"it ends higher after OPD of {short} than of {long}", +1,
             difference(avg, "grpo-after-opd-short", "grpo-after-opd")),
         (prefix, f"student prefixes are better, forward KL, {long}", +1, difference(avg, dagger, "sft_offpolicy")),
         (prefix, "teacher prefixes win at equal FLOPs", -1, at_equal_flops(dagger, "sft_offpolicy")),
