@@ -7,6 +7,7 @@ the method: nothing here knows one.
 import argparse
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import inspect
@@ -264,6 +265,8 @@ class Run:
         if last or (args.eval_every and step % args.eval_every == 0):
             row |= self._evaluate(step)
         self._log(row)
+        if self.student.device.type == "cpu" and self.student.num_parameters() > 10e6:  # the toy's is not worth the time
+            release_memory()
         stop = sum_over_processes(int(self.stop_asked)) > 0  # all processes agree
         if last or save or stop or step % args.save_every == 0:
             self.save_state()
@@ -345,6 +348,13 @@ class Run:
                     shutil.rmtree(os.path.join(self.args.out_dir, name))
             print(f"done: {final} is the trained student, {self.args.out_dir}/curves.png the course of the run")
         barrier()  # nobody leaves while the others still need him
+
+
+def release_memory():
+    """Give memory that was freed back to the system. glibc keeps it where a piece still in use lies behind it, and batches
+    of ever new lengths seldom fit into the gaps: on a CPU a real pair grew from 15 to 24 GB in 20 steps, and was killed."""
+    with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------

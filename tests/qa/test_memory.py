@@ -5,17 +5,19 @@ pass of the very model at full size, on fake tensors, which have shapes and type
 """
 
 import re
+import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import opd
+from plumbing import runs
 from plumbing.models import load_model
 from plumbing.processes import layers
 from plumbing.runs import parse
@@ -77,6 +79,32 @@ def test_the_cache_formula_is_what_a_cache_takes():
     model(torch.zeros(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
     taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert taken == cache_bytes(small, 2, 7, element=4)
+
+
+
+def test_memory_that_was_freed_is_given_back():
+    """200 MB in pieces, with one at the end that stays: glibc keeps all of it until it is asked."""
+    code = """
+import re, torch
+from plumbing.runs import release_memory
+rss = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+pieces = [torch.ones(16_000) for _ in range(3_200)]
+del pieces[:-1]
+kept = rss()
+release_memory()
+print(kept - rss())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 150
+
+
+def test_a_large_student_gives_memory_back_after_every_step_and_the_toy_does_not(world, tmp_path, monkeypatch):
+    for size, calls in ((1e6, 0), (2e7, 2)):
+        asked = []
+        monkeypatch.setattr(runs, "release_memory", lambda: asked.append(1))
+        monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda *args, **options: size)
+        run("opd", **world | dict(steps=2), out_dir=tmp_path / str(size))
+        assert len(asked) == calls
 
 
 def test_checkpointing_keeps_less_for_the_backward_pass(world):
