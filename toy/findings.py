@@ -39,6 +39,7 @@ def plan(args, world):
         "curriculum-no-gate": ("curriculum", gated | dict(h_min=0.0)),
         # Causes switched off: all endings count as one; the student ends as its teacher does, and a control for that
         **{f"{script}-as_one": (script, base | dict(ends="as_one")) for script in FOUR},
+        **{f"{script}-short-as_one": (script, base | dict(max_new_tokens=short, ends="as_one")) for script in FOUR},
         "curriculum-as_one": ("curriculum", gated | dict(ends="as_one")),
         "opd-same-end": ("opd", base | dict(student="same-end")),
         "opd-untied": ("opd", base | dict(student="untied")),

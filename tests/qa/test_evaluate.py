@@ -185,7 +185,7 @@ def test_what_switches_a_cause_off_is_the_only_difference():
     runs = findings.plan(compare.Args(), "toy")
     off = {
         "opd-as_one": ("opd", "ends", "as_one"), "offline_rl_distill-as_one": ("offline_rl_distill", "ends", "as_one"),
-        "curriculum-as_one": ("curriculum", "ends", "as_one"), "opd-same-end": ("opd-untied", "student", "same-end"),
+        "opd-short-as_one": ("opd-short", "ends", "as_one"), "curriculum-as_one": ("curriculum", "ends", "as_one"), "opd-same-end": ("opd-untied", "student", "same-end"),
         "opd-untied": ("opd", "student", "untied"), "opd-short": ("opd", "max_new_tokens", 8),
         "curriculum-no-gate": ("curriculum", "h_min", 0.0), "opd-sampled": ("opd", "estimator", "sampled"),
         "opd-sampled-as_one": ("opd-sampled", "ends", "as_one"),
