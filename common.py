@@ -3,7 +3,7 @@
 Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes (`sample(student,
 ...)` or the teacher's rollouts) and which divergence (`forward_kl` or `reverse_kl`). plumbing/ may be skipped.
 
-Notation: B sequences of P prompt and R response tokens, padding included; N response tokens in all of them; H hidden
+Notation: B sequences (b in a micro-batch) of P prompt and R response tokens, padded; N response tokens in all; H hidden
 size, V vocabulary size, T temperature; p_T (p) is the frozen teacher, q_θ (q) the student. Logits at position t predict
 token t + 1. KLs and entropies: nats. Arguments: student first, teacher second, though forward KL is KL(p‖q).
 """
@@ -30,13 +30,13 @@ def kl_by_definition(a_logits, b_logits):
     """KL(a‖b) = E_{y~a}[ log a(y) − log b(y) ], as one writes it first. (..., V), (..., V) -> (...), nats.
 
     forward_kl(student, teacher) is this of (teacher, student), and reverse_kl(student, teacher) of (student, teacher).
-    A divergence of your own may be written like it; the two below add speed, half precision, infinities, and u."""
+    A divergence of your own may be written like it; the two below add speed, half precision, infinities, draws."""
     log_a, log_b = a_logits.log_softmax(-1), b_logits.log_softmax(-1)
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
 def forward_kl(student_logits, teacher_logits, u=None):
-    """KL(p_T‖q_θ) = Σ_y p_T(y) (log p_T(y) − log q_θ(y)): mass-covering, soft-target cross-entropy, SFT.
+    """KL(p_T‖q_θ) = Σ_y p_T(y) (log p_T(y) − log q_θ(y)): mass-covering; cross-entropy (SFT) less H(p_T).
 
     (..., V), (..., V) -> (...), nats, unreduced. Computed in fp32 where the input is half precision, in the input's
     own precision otherwise. Differentiable in the student's logits only. Finite wherever the limit is.
@@ -133,7 +133,7 @@ def as_one_end(logits, end_ids):
 
 
 def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estimator="exact", ends="apart", chunk=None):
-    """Σ token_weights · divergence(q_θ, p_T) over the N response tokens of a batch of Rollouts. Without padding it is
+    """Σ token_weights · divergence(q_θ, p_T) over the N response tokens of a batch of Rollouts. But for padding it is
 
         q_logits, p_logits = (model(ids).logits[:, P - 1 : -1] for model in (student, teacher))  # t − 1 predicts t
         loss = (token_weights * divergence(q_logits, p_logits)).sum()
@@ -141,9 +141,9 @@ def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estim
     with the logits of one chunk of tokens at a time: together they are gigabytes. vocab: both models' ids and ends.
     divergence: forward_kl, reverse_kl or any function of two logit tensors (n, V), (n, V) -> (n,). estimator: "exact",
     or "sampled" for divergences that take `u`. ends: "as_one" compares all end tokens as one action (see as_one_end).
-    token_weights (B, R): what each response token counts, e.g. mask / number of response tokens in the global batch;
-    padding is never looked at. -> loss () and, detached, Σ token_weights · entropy of the student (), in nats."""
-    device = next(student.parameters()).device  # the teacher may be on another one: what crosses over is H wide
+    token_weights (B, R): what each response token counts, e.g. mask / response tokens per process, as in the scripts;
+    padding is not looked at. -> loss (), and detached Σ token_weights · the student's entropy (), ends apart (nats)."""
+    device = next(student.parameters()).device  # the teacher may be elsewhere: its hidden states and head come here
     with torch.no_grad():
         teacher_hidden = response_hidden(teacher, batch).to(device)  # (N, H_T)
         teacher_head = Head(teacher, vocab, device)
@@ -222,7 +222,7 @@ def sample(
 ):  # fmt: skip
     """One response to each prompt, up to and including an end token of either model, or max_new_tokens. -> Rollouts
 
-    prompts: B tuples of token ids; keys and stream fix each row's random numbers (see uniforms), for a use of its own.
+    prompts: B tuples of token ids; keys fix each row's random numbers; another stream, other numbers (see uniforms).
     What is sampled is softmax(logits / temperature) with top_p and top_k as given here: a checkpoint's own
     generation_config has no say. `entropies`: also record the predictive entropy (T = 1) at every token.
     at_once: so many rows at a time, 0: all; less memory, same rollouts. cache (of keys, values): growing, fixed, auto.
@@ -239,8 +239,8 @@ def sample(
     model.eval()
     with unsharded(model), autocast(model):
         head = Head(model, vocab)
-        for rows in torch.arange(B, device=device).split(at_once or B):  # whose keys and values are in the cache
-            decoder, y = decoder_for(model, cache)(model, start.take(rows)), None  # y: tokens to read; first, prompts
+        for rows in torch.arange(B, device=device).split(at_once or B):  # which share a key-value cache
+            decoder, y = decoder_for(model, cache)(model, start.take(rows)), None  # step(None) reads the prompts
             for t in range(max_new_tokens):
                 logits = head(decoder.step(y))  # (rows, V)
                 y = draw(sampling_logits(logits, temperature, top_p, top_k).softmax(-1), u[rows, t])
@@ -264,7 +264,7 @@ def sample(
 
 
 def draw(probs, u):
-    """The token that the uniform number u picks by inverse CDF: the first y with F(y) > u. (..., V), (...) -> (...).
+    """The token that u in [0, 1) picks by inverse CDF: the first y with Σ_{v <= y} p(v) > u. (..., V), (...) -> (...).
 
     One number per token, instead of torch.multinomial's hidden generator, is what makes a rollout a function of
     (seed, step, row) alone. A token of probability 0 is never drawn."""
@@ -287,9 +287,9 @@ def uniforms(keys, n, stream):
 class TeacherRollouts:
     """A teacher's responses to a run's prompts, sampled the first time they are asked for and read afterwards.
 
-    They do not depend on the student: all runs and scripts with the same teacher, prompts, seed and sampling arguments
-    share them. `samples` responses per prompt take turns over the epochs. Random numbers are keyed by (seed, row,
-    sample), whoever samples, whenever; a long response serves shorter lengths, and `longest` of several is sampled."""
+    Of the student only its end tokens matter: all runs beside each other with the same teacher, prompts, ends, seed and
+    sampling share them. `samples` responses per prompt take turns over the epochs. Their keys are (seed, row, sample),
+    whoever samples, whenever; a long response serves shorter lengths, and `longest` of several is sampled."""
 
     def __init__(self, teacher, run, samples, longest=0, at_once=0, **sampling):
         self.teacher, self.run, self.samples, self.longest = teacher, run, samples, longest
@@ -313,7 +313,7 @@ class TeacherRollouts:
         return rollouts
 
     def _sample(self, missing, company, cap):
-        asked = missing or [company]  # a process that misses nothing keeps the others company
+        asked = missing or [company]  # sampling from a sharded model takes all processes, also one that misses nothing
         prompts, keys = [self.run.prompts[row] for row, _ in asked], [(self.run.args.seed, *key) for key in asked]
         new = sample(self.teacher, prompts, keys, self.run.vocab, cap, **self.options)
         self.store.add([(*key, ids, end, cap) for key, ids, end in zip(missing, new.responses(), new.ended.tolist())])

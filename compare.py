@@ -261,7 +261,7 @@ def main(args: Args):
         first, *others = worlds = args.worlds.split(",")
         for world in worlds:
             if not os.path.exists(os.path.join(world, "train.jsonl")):
-                refuse(f"--worlds has {world!r}, which is no folder of toy/build.py: python -m toy.build --out {world or 'DIR'}")
+                refuse(f"--worlds has {world!r}, which is no folder of toy/build.py: python -m toy.build --out FOLDER")
         if len({Path(world).name for world in worlds}) < len(worlds):
             refuse(f"--worlds is {args.worlds!r}: their folders need different names, as results are kept by name")
         runs = {first: run_all(args, first, args.seeds)} | {w: run_all(args, w, args.other_seeds) for w in others}

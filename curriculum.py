@@ -1,7 +1,7 @@
 """Entropy-gated length curriculum: train on short responses first, and on longer ones while entropy holds.
 
     after stage m:   H_m = mean predictive entropy per token of q_θ on held-out prompts, at length L_m
-    L_m -> L_{m+1}   if H_m >= H_min,     else stop there, or go on at the last stable length
+    L_m -> L_{m+1}   if H_m >= H_min,     else back to the weights after stage m − 1: stop, or go on at L_{m−1}
 
                          forward KL(p_T‖q_θ)      reverse KL(q_θ‖p_T)
     teacher prefixes     sft_offpolicy.py         offline_rl_distill.py        here: any of the four, by
@@ -13,13 +13,13 @@ towards 0. Short lengths never get that far. The gate (arXiv 2605.16826) lengthe
 
 Where this is our reading, and not the paper's words.
 - H_m is measured on the student's own rollouts at T = 1 and length L_m, on --held_out prompts of the training data.
-- Every length gets the same number of steps until a gate closes; a gate is asked once, at the end of its stage.
+- Every length gets the same number of steps until a gate closes; every stage, also the last, ends with one gate.
 - A closed gate ends training, and the result is the last stable checkpoint: the one after stage m − 1 (that of stage 0
   if there is no other). With --on_closed continue, training goes on from it at its length, and no gate is asked again.
 - The optimizer's state is kept across stages, and the learning rate has one warm-up.
 
 Run it.
-    python curriculum.py                                                      CPU, the embedded toy: under a minute
+    python curriculum.py                                                      CPU, the toy: half a minute, a gate closes
     python curriculum.py --recipe recipes/qwen3-curriculum.txt --out_dir DIR  Qwen3, one GPU; not run by us
     torchrun --nproc_per_node 4 curriculum.py ...                             the same run on several GPUs
 The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
@@ -59,7 +59,7 @@ class Args:  # behind each argument: its --help text, with the bounds that plumb
     kl: Literal["forward", "reverse", "mixed"] = "reverse"  # HOW; mixed by lam
     lam: float = 0.2  # λ of --kl mixed, the share of reverse KL; >= 0, <= 1
     teacher_samples: int = 1  # of --prefixes teacher: responses per prompt; epochs take turns; >= 1
-    temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1; > 0
+    temperature: float = 1.0  # of the rollouts, so of the prefixes; the loss compares at T = 1; > 0
     top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off; > 0, <= 1
     top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off; >= 0
     estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
@@ -80,7 +80,7 @@ class Args:  # behind each argument: its --help text, with the bounds that plumb
     seed: int = 0  # of everything random; >= 0
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the student's weights; auto: if it is fast
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the student's weights; auto: where it is fast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
     teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 
@@ -126,7 +126,7 @@ def main(args: Args):
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
+        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged, and so become global means
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -141,7 +141,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # of all shards
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # before clipping
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,7 +1,7 @@
 """Group-relative policy optimisation (GRPO): the reinforcement learning that follows distillation.
 
-    L(θ) = − E [ min( ρ_t A, clip(ρ_t, 1−ε, 1+ε) A ) ]        ρ_t = q_θ(y_t|s_t) / q_old(y_t|s_t)
-    A_i = (r_i − mean r) / (std r + 1e-4)                      over the group of responses to one prompt
+    L(θ) = − E [ min( ρ_t A_i, clip(ρ_t, 1−ε, 1+ε) A_i ) ]     ρ_t = q_θ(y_t|s_t) / q_old(y_t|s_t), before this update
+    A_i = (r_i − mean r) / (std r + 1e-4)                      of response i in the group of those to one prompt
 
 What it does. The model responds to each prompt --group_size times; a response is worth 1 if its answer is right and 0
 if not; every token of it is reinforced by how much better its response was than the others of its group. No teacher.
@@ -16,7 +16,7 @@ What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
   makes k passes over them; the log is about the last, and `clipped_fraction` says how many tokens were silenced.
 
 Run it.
-    python grpo.py                                                     CPU, the embedded toy's untrained student
+    python grpo.py                                                     CPU, the embedded toy's student: a minute
     python grpo.py --student runs/opd/model --out_dir runs/opd-grpo    after distillation
     python grpo.py --recipe recipes/qwen3-grpo.txt --out_dir DIR       Qwen3, one GPU; not run by us
     torchrun --nproc_per_node 4 grpo.py ...                            the same run on several GPUs
@@ -81,7 +81,7 @@ class Args:  # behind each argument: its --help text, with the bounds that plumb
     seed: int = 0  # of everything random; >= 0
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the weights; auto: if it is fast
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the weights; auto: where it is fast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
 
 
@@ -96,7 +96,7 @@ def main(args: Args):
     off_policy = args.updates_per_step > 1  # with one update q_old is q_θ, and needs no pass of its own
 
     for step in run.steps():
-        batch = run.batch(step)  # prompts, and the keys of their random numbers
+        batch = run.batch(step)  # its prompts, and keys: (seed, step, row) of each, which fix all that is drawn
 
         # (2) Rollouts: a group of responses to each prompt, and how much better each is than its group
         members = [(i, g) for i in range(len(batch.prompts)) for g in range(args.group_size)]
@@ -107,7 +107,7 @@ def main(args: Args):
         rewards = torch.tensor([float(grade(text, answer, args.grade)) for text, answer in zip(texts, answers)])
         advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()
         advantage_of = dict(zip(keys, advantages.tolist()))  # by key: a split sorts rows by length
-        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
+        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged, and so become global means
         micros = list(rollouts.split(args.micro_batch_size))
         old = [token_log_probs(student, micro, run.vocab) if off_policy else None for micro in micros]
 

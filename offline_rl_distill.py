@@ -51,7 +51,7 @@ class Args:  # behind each argument: its --help text, with the bounds that plumb
     micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient; >= 1
     rollout_batch_size: int = 0  # rollouts sampled at once; 0: all; less memory, same rollouts; >= 0
     max_new_tokens: int = 8  # training length: tokens at which a rollout is cut; >= 1
-    temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1; > 0
+    temperature: float = 1.0  # of the rollouts, so of the prefixes; the loss compares at T = 1; > 0
     top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off; > 0, <= 1
     top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off; >= 0
     teacher_samples: int = 1  # responses per prompt that the teacher gives, once; epochs take turns; >= 1
@@ -73,7 +73,7 @@ class Args:  # behind each argument: its --help text, with the bounds that plumb
     seed: int = 0  # of everything random; >= 0
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the student's weights; auto: if it is fast
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the student's weights; auto: where it is fast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
     teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 
@@ -89,14 +89,14 @@ def main(args: Args):
     teacher_rollouts = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)
 
     for step in run.steps():
-        batch = run.batch(step)  # prompts, and the keys of their random numbers
+        batch = run.batch(step)  # its prompts, and keys: (seed, step, row) of each, which fix all that is drawn
 
         # (2) Prefixes. WHERE is supervision applied? On what the teacher says, sampled once and reused.
         rollouts = teacher_rollouts(batch, args.max_new_tokens)
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
+        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged, and so become global means
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -111,7 +111,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # of all shards
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # before clipping
         optimizer.step()
         optimizer.zero_grad()
 

@@ -12,13 +12,13 @@ pulled towards p_T, the frozen teacher's. Proposition 1 (ii) of arXiv 2605.16826
     ∇ KL(q_θ‖p_T) = E_{y ~ q_θ} [ (log q_θ(y|s) − log p_T(y|s)) ∇ log q_θ(y|s) ],
 
 a policy gradient with the reward log p_T − log q_θ at every token. It is mode-seeking: the student is punished for
-what the teacher would not say, and only mildly for leaving out some of what the teacher would (half of it: log 2).
+what the teacher would not say, and only mildly for what it leaves out itself (half of the teacher's mass: log 2).
 A student that ends by another token than its teacher, as a base model does, is punished for its own end and slow to
 learn the teacher's, which it never says. Where the training length reaches an ending (on the toy, --max_new_tokens 96)
 its responses can grow to the cap; `--ends as_one` compares all end tokens as one action.
 
 What it leaves out, on purpose.
-- The prefixes count as data: no gradient flows through the choice of s. The full gradient of the sequence-level KL
+- The prefixes count as data: no gradient flows through the choice of s. The full gradient of the KL of whole responses
   has one more term, minus the rewards still to come, times ∇ log q_θ (tests/test_identities.py adds it back).
 - No reward for being right, no value function, no importance weights: a rollout is used once, by its own student.
 
@@ -52,7 +52,7 @@ class Args:  # behind each argument: its --help text, with the bounds that plumb
     micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient; >= 1
     rollout_batch_size: int = 0  # rollouts sampled at once; 0: all; less memory, same rollouts; >= 0
     max_new_tokens: int = 8  # training length: tokens at which a rollout is cut; >= 1
-    temperature: float = 1.0  # of the rollouts; the loss always compares the distributions at T = 1; > 0
+    temperature: float = 1.0  # of the rollouts, so of the prefixes; the loss compares at T = 1; > 0
     top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off; > 0, <= 1
     top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off; >= 0
     estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
@@ -73,7 +73,7 @@ class Args:  # behind each argument: its --help text, with the bounds that plumb
     seed: int = 0  # of everything random; >= 0
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the student's weights; auto: if it is fast
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the student's weights; auto: where it is fast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
     teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 
@@ -88,14 +88,14 @@ def main(args: Args):
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
 
     for step in run.steps():
-        batch = run.batch(step)  # prompts, and the keys of their random numbers
+        batch = run.batch(step)  # its prompts, and keys: (seed, step, row) of each, which fix all that is drawn
 
         # (2) Prefixes. WHERE is supervision applied? On what the student itself says.
         rollouts = sample(student, batch.prompts, batch.keys, run.vocab, args.max_new_tokens, **sampling)
 
         # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
         # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # the mean over processes, as gradients are averaged over them too
+        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged, and so become global means
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
             token_weights = micro.mask / n_tokens  # (b, R)
@@ -110,7 +110,7 @@ def main(args: Args):
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # of all shards
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # before clipping
         optimizer.step()
         optimizer.zero_grad()
 
