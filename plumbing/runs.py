@@ -352,7 +352,7 @@ class Run:
 
 def release_memory():
     """Give memory that was freed back to the system. glibc keeps it where a piece still in use lies behind it, and batches
-    of ever new lengths seldom fit into the gaps: on a CPU a real pair grew from 15 to 24 GB in 20 steps, and was killed."""
+    of ever new lengths seldom fit into the gaps: on a CPU a real pair grew from 15 to 25 GB in 20 steps, and was killed."""
     with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
