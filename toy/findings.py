@@ -37,6 +37,7 @@ def plan(args, world):
         **{f"kl_mix-{lam}": ("kl_mix", base | dict(lam=lam)) for lam in LAMBDAS},
         "curriculum": ("curriculum", gated),
         "curriculum-no-gate": ("curriculum", gated | dict(h_min=0.0)),
+        "curriculum-late": ("curriculum", gated | dict(lengths=f"{middle},{long}")),  # the first gate comes too late
         # Causes switched off: all endings count as one; the student ends as its teacher does, and a control for that
         **{f"{script}-as_one": (script, base | dict(ends="as_one")) for script in FOUR},
         **{f"{script}-short-as_one": (script, base | dict(max_new_tokens=short, ends="as_one")) for script in FOUR},
