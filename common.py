@@ -133,7 +133,7 @@ def as_one_end(logits, end_ids):
 
 
 def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estimator="exact", ends="apart", chunk=None):
-    """Σ token_weights · divergence(q_θ, p_T) over the N response tokens of a batch of Rollouts. But for padding it is
+    """Σ token_weights · divergence(q_θ, p_T) over the N response tokens of a batch of Rollouts. Padding aside, it is
 
         q_logits, p_logits = (model(ids).logits[:, P - 1 : -1] for model in (student, teacher))  # t − 1 predicts t
         loss = (token_weights * divergence(q_logits, p_logits)).sum()
@@ -272,7 +272,7 @@ def draw(probs, u):
     total = cdf[..., -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # u · total must not round up to total itself
     u = torch.minimum(u[..., None].to(cdf.dtype) * total, below)
-    return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)  # of NaN it would be V
+    return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)  # NaN gives V
 
 
 def uniforms(keys, n, stream):
@@ -389,7 +389,7 @@ def summarize(records, numbers, k):
     passed = [pass_at_k(len(of_one), sum(r["correct"] for r in of_one), k) for of_one in by_problem.values()]
 
     def half_width(values):
-        return float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.5  # of [0, 1]
+        return float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.5  # unknown
 
     total = {key: sum(r[key] for r in of_all) for key in ("length", "ended", "marked", "nats")}
     return {

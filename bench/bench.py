@@ -96,7 +96,7 @@ class Case:
     contestants: str = "ours,plain,trl" if util.find_spec("trl") else "ours,plain"  # separated by commas
     repeats: int = 3  # fresh processes per contestant; 0, with preset h200: only the seconds that one cannot go below
     out: str = ""  # append every measurement as a JSON line to this file
-    lr, weight_decay, max_grad_norm, estimator, ends = 1e-7, 0.0, 1.0, "exact", "apart"  # lr: the work stays the same
+    lr, weight_decay, max_grad_norm, estimator, ends = 1e-7, 0.0, 1.0, "exact", "apart"  # lr: all steps alike
 
 
 def resolved(case):

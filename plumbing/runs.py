@@ -265,7 +265,7 @@ class Run:
         if last or (args.eval_every and step % args.eval_every == 0):
             row |= self._evaluate(step)
         self._log(row)
-        if self.student.device.type == "cpu" and self.student.num_parameters() > 10e6:  # the toy's is not worth the time
+        if self.student.device.type == "cpu" and self.student.num_parameters() > 10e6:  # the toy's is not worth it
             release_memory()
         stop = sum_over_processes(int(self.stop_asked)) > 0  # all processes agree
         if last or save or stop or step % args.save_every == 0:
@@ -351,8 +351,8 @@ class Run:
 
 
 def release_memory():
-    """Give memory that was freed back to the system. glibc keeps it where a piece still in use lies behind it, and batches
-    of ever new lengths seldom fit into the gaps: on a CPU a real pair grew from 15 to 25 GB in 20 steps, and was killed."""
+    """Give memory that was freed back to the system. glibc keeps it where a piece in use lies behind it, and batches of
+    ever new lengths seldom fit into the gaps: on a CPU a real pair grew from 15 to 25 GB in 20 steps, and was killed."""
     with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -81,7 +81,6 @@ def test_the_cache_formula_is_what_a_cache_takes():
     assert taken == cache_bytes(small, 2, 7, element=4)
 
 
-
 def test_memory_that_was_freed_is_given_back():
     """200 MB in pieces, with one at the end that stays: glibc keeps all of it until it is asked."""
     code = """
