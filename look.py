@@ -10,6 +10,7 @@ stand behind a token where they exceed 0.5 either way. On the teacher's prefixes
 has yet to learn, by SFT for example.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +49,17 @@ def log_ratios(student, teacher, rollouts, vocab):
     """log p_T(y|s) − log q_θ(y|s) of every response token, nats. -> B lists of floats"""
     ratio = token_log_probs(teacher, rollouts, vocab) - token_log_probs(student, rollouts, vocab)
     return [row.tolist() for row in ratio.split(rollouts.mask.sum(1).tolist())]
+
+
+def in_numbers(ratios):
+    """A line on where models disagree: on all tokens a little, or on a few of them."""
+    sizes = sorted((abs(x) for x in ratios), reverse=True)
+    share = sum(sizes[: math.ceil(len(sizes) / 100)]) / (sum(sizes) or 1.0)
+    beyond = sum(x > FULL for x in sizes) / len(sizes)
+    return (
+        f"{len(sizes)} tokens, |log-ratio| {sum(sizes) / len(sizes):.2f} nats on average; the 1 % where it is largest "
+        f"carry {share:.0%} of the sum; beyond {FULL:.0f} nats: {beyond:.1%}"
+    )
 
 
 def colour(x):
@@ -122,6 +134,7 @@ def main(args: Args):
         pieces = list(zip([tokenizer.decode([i]) for i in ids], ratios))
         responses.append((f"{' '.join(p.question.split())[:60]}   ({verdict})", pieces))
         print(f"\n{responses[-1][0]}\n{in_terminal(pieces)}")
+    print("\n" + in_numbers([x for _, pieces in responses for _, x in pieces]))
     if args.picture:
         os.makedirs(os.path.dirname(args.picture) or ".", exist_ok=True)
         draw(responses, args.picture, f"{args.prefixes} prefixes: log p_T − log q_θ, nats; {args.student}")

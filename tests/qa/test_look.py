@@ -42,8 +42,8 @@ def test_what_is_coloured_is_the_difference_of_log_probabilities(world):
 def test_every_token_is_shown_once_in_the_terminal_and_in_a_picture(world, tmp_path, capsys, prefixes):
     run("look", **arguments(world, prefixes=prefixes, eval_problems=2, picture=tmp_path / "new" / "a.png"))
     said = capsys.readouterr().out
-    lengths = [int(n) for n in re.findall(r"(\d+) tokens, ", said)]
-    assert len(lengths) == 2 and said.count("\033[0m") == sum(lengths)
+    *lengths, in_all = [int(n) for n in re.findall(r"(\d+) tokens, ", said)]
+    assert len(lengths) == 2 and said.count("\033[0m") == sum(lengths) == in_all
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -57,3 +57,10 @@ def test_blue_is_what_the_teacher_would_say_more_often():
     assert look.colour(4.0) == look.BLUE and look.colour(-9.0) == look.ORANGE and look.colour(0.0) == (255, 255, 255)
     assert look.visible("\x1b[0m\ta\n") == "·[0m·a↵", "nothing that a model says reaches the terminal as a command"
     assert look.in_terminal([("a\n", -1.24)]).count("\n") == 1 and "a↵[-1.2]" in look.in_terminal([("a\n", -1.24)])
+
+
+def test_where_models_disagree_in_numbers():
+    line = look.in_numbers([0.5, -0.5] * 99 + [-5.0, 1.0])
+    assert line.startswith("200 tokens, |log-ratio| 0.53 nats on average"), "(99 + 5 + 1) / 200"
+    assert "carry 6% of the sum; beyond 4 nats: 0.5%" in line, "2 of 200 tokens, 6 of 105 nats"
+    assert "0.00 nats" in look.in_numbers([0.0]), "a model beside itself"

@@ -1,0 +1,59 @@
+"""What bf16 does to loss and gradient: one batch of the student's rollouts, scored in bf16 and in fp32.
+
+    python bench/precision.py --recipe recipes/laptop.txt                       the arguments are those of opd.py
+    python bench/precision.py --recipe recipes/laptop.txt --student FOLDER --teacher FOLDER --data FILE
+
+For both KLs, exact and from the same rollouts: the loss, and how far the gradient is from that in fp32, as the norm of
+the difference relative to the norm. `as trained` is --precision bf16: the teacher's weights and the student's products
+in bf16. In `teacher only` the student computes in fp32.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import opd
+from common import forward_kl, reverse_kl, sample, weighted_kl
+from plumbing.models import load_model, load_vocab
+from plumbing.runs import parse
+from plumbing.tasks import load_problems
+
+PRECISIONS = {"fp32": (False, "fp32"), "as trained": (True, "bf16"), "teacher only": (False, "bf16")}
+
+
+def loss_and_gradient(divergence, student, teacher, rollouts, vocab, args):
+    """-> the loss of opd.py's loop, and its gradient in one vector (fp32)"""
+    loss = 0.0
+    for micro in rollouts.split(args.micro_batch_size):
+        token_weights = micro.mask / rollouts.mask.sum()
+        micro_loss, _ = weighted_kl(divergence, student, teacher, micro, token_weights, vocab)
+        micro_loss.backward()
+        loss += micro_loss.item()
+    gradient = torch.cat([p.grad.flatten() for p in student.parameters()])
+    student.zero_grad()
+    return loss, gradient
+
+
+def main(args):
+    problems = load_problems(args.data)[: args.batch_size]
+    vocab, _ = load_vocab(args, [problems])
+    args.precision = "bf16"
+    student = load_model(args.student, args, trainable=True)
+    prompts, keys = [p.prompt for p in problems], [(args.seed, 0, i) for i in range(len(problems))]
+    rollouts = sample(student, prompts, keys, vocab, args.max_new_tokens)
+    exact = {}
+    print("| | precision | loss | its error | the gradient's error |\n|" + "---|" * 5)
+    for name, (student.autocasts, args.precision) in PRECISIONS.items():
+        teacher = load_model(args.teacher, args)
+        for divergence in (forward_kl, reverse_kl):
+            loss, gradient = loss_and_gradient(divergence, student, teacher, rollouts, vocab, args)
+            right, exactly = exact.setdefault(divergence, (loss, gradient))
+            error = (gradient - exactly).norm() / exactly.norm()
+            print(f"| {divergence.__name__} | {name} | {loss:.5f} | {loss / right - 1:+.2%} | {error:.2%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(parse(opd.Args))
