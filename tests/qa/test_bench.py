@@ -155,19 +155,11 @@ def test_what_is_timed_are_the_lines_of_opd_py():
         assert [line for line in opd & ours if line.startswith(beginning)], f"no line {beginning!r} in both"
 
 
-def test_limits_of_the_gpu_preset(capsys):
-    published = {"0.6B": 596_049_920, "1.7B": 1_720_574_976, "4B": 4_022_468_096, "8B": 8_190_735_360}
-    full = case("h200")
-    for name, parameters in published.items():
+def test_the_models_of_the_gpu_preset_have_the_published_sizes():
+    for name, parameters in {"0.6B": 596_049_920, "4B": 4_022_468_096}.items():
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(bench.model_config(name, full))
+            model = transformers.AutoModelForCausalLM.from_config(bench.model_config(name, case("h200")))
         assert model.num_parameters() == parameters
-    # Decoding reads 1,024 times 596 million bf16 weights, and 112 KiB for each of 32 · 1,024 · (96 + 511.5) tokens.
-    want = dict(rollout=(1.22e12 + 2.28e12) / 4.3e12, teacher=297.5 / 790, student=139 / 790)
-    assert {k: v for k, v in bench.limits(full).items() if k in want} == pytest.approx(want, rel=0.01)
-    bench.main(bench.Case("h200", device="cpu", repeats=0))
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if "limit of one H200" in line)
-    assert row.count("|") == 11
 
 
 def test_the_table_takes_the_fastest_step_and_the_median_memory(capsys):
@@ -196,7 +188,7 @@ def test_trl_has_the_same_loss(capsys):
 
 @needs_trl
 def test_trl_has_the_same_loss_on_a_pair_of_checkpoints_and_in_bf16(pair):
-    for one, tolerance in ((case("pair", max_new_tokens=8, **pair), 1e-4), (case("mid-bf16", shrink=True), 2e-2)):
+    for one, tolerance in ((case("pair", max_new_tokens=8, **pair), 1e-4), (case("mid-bf16", shrink=True), 1e-2)):
         record = bench.measure("trl", one)
         assert record["loss_error"] < tolerance and record["gradient_error"] < 10 * tolerance
         assert set(record["seconds"]) == PHASES
