@@ -216,13 +216,12 @@ LABELS = METRICS | {
 def draw(groups, path, title, panels, lines):
     """One figure: a row of panels in letters that can be read from the last row of a lecture hall; means over seeds,
     with 95 % intervals."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2.5})
-    fig, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), layout="constrained", squeeze=False)
+    rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2.5})
+    fig = Figure(figsize=(6 * len(panels), 5), layout="constrained")
+    axes = fig.subplots(1, len(panels), squeeze=False)
     fig.suptitle(title)
     for axis, (x, y) in zip(axes[0], panels):
         for color, marker, label, runs in lines:
@@ -242,7 +241,6 @@ def draw(groups, path, title, panels, lines):
             axis.set_ylim(min(0.9, axis.get_ylim()[0]), 1.005)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3, fontsize=12)
     fig.savefig(path, dpi=80)
-    plt.close(fig)
 
 
 def main(args: Args):

@@ -85,10 +85,8 @@ def in_terminal(pieces):
 
 def draw(responses, path, title):
     """[(heading, [(text, log-ratio)])] as a picture, each token a box, in lines of at most 100 letters."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     boxes, y = [], 0
     for heading, pieces in responses:
@@ -101,19 +99,17 @@ def draw(responses, path, title):
             boxes.append((x, y, word, ratio))
             x += len(word) + 0.4
         y += 2
-    figure, axis = plt.subplots(figsize=(12, 0.28 * y + 0.6), layout="constrained")
+    figure = Figure(figsize=(12, 0.28 * y + 0.6), layout="constrained")
+    axis = figure.subplots()
     style = dict(family="monospace", fontsize=11, color="black", va="center")
     for x, row, word, ratio in boxes:
         if ratio is not None:
             face = [c / 255 for c in colour(ratio)]
-            axis.add_patch(
-                plt.Rectangle((x, row - 0.45), len(word), 0.9, facecolor=face, edgecolor="0.8", linewidth=0.5)
-            )
+            axis.add_patch(Rectangle((x, row - 0.45), len(word), 0.9, facecolor=face, edgecolor="0.8", linewidth=0.5))
         axis.text(x + 0.1, row, word.replace("$", r"\$"), weight="bold" if ratio is None else "normal", **style)
     axis.set(xlim=(-0.5, 101), ylim=(y - 1, -1), title=title)
     axis.axis("off")
     figure.savefig(path, dpi=110, facecolor="white")
-    plt.close(figure)
 
 
 def main(args: Args):

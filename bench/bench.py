@@ -68,6 +68,7 @@ TARGETS = {  # to reach: ours / trl, and on the GPU also in seconds and GiB; 409
 QWEN3 = {  # the published config.json files: hidden, intermediate, layers, heads, KV heads, head_dim, tied
     "0.6B": (1024, 3072, 28, 16, 8, 128, True),
     "4B": (2560, 9728, 36, 32, 8, 128, True),
+    "8B": (4096, 12288, 36, 32, 8, 128, False),
 }
 RANDOM_WEIGHTS = re.compile("|".join([r"\d+x\d+", *map(re.escape, QWEN3)]))  # names of models that are no checkpoints
 
@@ -78,7 +79,7 @@ class Case:
 
     preset: Literal[tuple(PRESETS)] = "toy"  # models and sizes
     vocab: int = 0  # V of models with random weights
-    student: str = ""  # WIDTHxLAYERS, or 0.6B or 4B for that Qwen3, or a checkpoint: a folder or a hub name
+    student: str = ""  # WIDTHxLAYERS, or 0.6B, 4B, 8B for that Qwen3, or a checkpoint: a folder or a hub name
     teacher: str = ""  # likewise
     batch_size: int = 0  # responses a step
     prompt_len: int = 0  # tokens of the longer prompts

@@ -65,12 +65,9 @@ def parse(Args, argv=None):
         words = shlex.split(Path(recipe).read_text(), comments=True) if recipe else []
     except (OSError, ValueError) as error:
         refuse(f"--recipe {recipe!r} cannot be read ({error}): name a file of lines like `--lr 5e-7`")
-    args, *_, unknown = parser.parse_args_into_dataclasses(
-        words + argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        refuse(f"unknown argument {unknown[0]} (--help lists the arguments)")
-    return args
+    values = vars(parser.parse_args(words + argv))
+    del values["recipe"]
+    return Args(**values)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -367,9 +364,8 @@ def _code(args):
     for path in [Path(inspect.getfile(type(args))), here.parent / "common.py", *sorted(here.glob("*.py"))]:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(getattr(body[0], "value", None), ast.Constant):
-                del body[0]
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
         code[path.name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
     return code
 

@@ -4,15 +4,15 @@ The order is the lesson's. What is only to be looked at (the predictions) has it
 """
 
 import importlib.util
-import json
 import math
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, arguments_of
+from conftest import arguments_of, read_log
 
 from common import entropy, forward_kl, kl_by_definition, mixed_kl, reverse_kl
+from docs import bug_hunt
 
 # ----------------------------------------------------------------------------------------------------------------
 # By hand: three tokens (newline, another one, END); the student never says END, the teacher wants nothing else
@@ -144,10 +144,6 @@ def test_a_token_mean_lets_a_loop_drown_its_neighbours():
 # ----------------------------------------------------------------------------------------------------------------
 # The bug hunt: what the log shows, on models small enough for a test
 
-spec = importlib.util.spec_from_file_location("bug_hunt", ROOT / "docs" / "bug_hunt.py")
-bug_hunt = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bug_hunt)
-
 
 def log_of(source, name, tmp_path, world, **arguments):
     """The log of a script given as text, run in process."""
@@ -158,7 +154,7 @@ def log_of(source, name, tmp_path, world, **arguments):
     spec.loader.exec_module(module)
     known = arguments_of("opd", world, **arguments)
     module.main(module.Args(**known, out_dir=str(tmp_path / name)))
-    return [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    return read_log(tmp_path / name)
 
 
 @pytest.fixture(scope="module")

@@ -93,16 +93,6 @@ def test_scored_positions_are_those_that_predict_the_response(pair, monkeypatch)
         assert row.nonzero()[:, 0].tolist() == list(range(P - 1, P + len(response) - 1))
 
 
-@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
-def test_padding_on_either_side_changes_nothing(pair, divergence):
-    plain = rollouts(PROMPTS[:1], RESPONSES[:1])
-    expected, _ = weighted_kl(divergence, *pair, plain, plain.mask / 3, vocab())
-    both = rollouts()  # row 0 now has three pad tokens before its prompt and ten after its response
-    weights = both.mask / 3 * torch.tensor([[1.0], [0.0]])
-    loss, _ = weighted_kl(divergence, *pair, both, weights, vocab())
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_micro_batches_give_the_same_gradient(pair):
     """Compared as gradients: Adam would hide a wrong scale, and blow rounding up."""
     student, _ = pair

@@ -113,7 +113,9 @@ def test_the_student_moves_and_the_teacher_does_not(world, tmp_path, monkeypatch
 @pytest.mark.parametrize("ends", ["apart", "as_one"])
 @pytest.mark.parametrize("script", DISTILLATION)
 def test_null_student_equal_to_teacher_has_nothing_to_learn(script, ends, world, tmp_path):
-    run(script, **arguments_of(script, world, student=world["teacher"], ends=ends), out_dir=tmp_path / "run")
+    """... at any sampling temperature: that changes the prefixes, while the loss compares the distributions at T = 1."""
+    same = arguments_of(script, world, student=world["teacher"], ends=ends, temperature=2.0, top_k=7)
+    run(script, **same, out_dir=tmp_path / "run")
     assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-4 for row in read_log(tmp_path / "run")[1:2])
 
 
@@ -164,14 +166,6 @@ def test_a_step_goes_as_far_as_clipping_and_warm_up_allow(script, world, tmp_pat
         assert distance == pytest.approx(1e-3 * row["lr"], rel=0.02)  # fp32 weights round
 
 
-def test_sampling_temperature_does_not_reach_the_loss(world, tmp_path):
-    """The rollouts of T = 2 differ, but on given prefixes the loss compares the distributions at T = 1: with
-    teacher = student it is 0 at any sampling temperature."""
-    arguments = world | {"student": world["teacher"], "temperature": 2.0, "top_k": 7, "steps": 1}
-    run("opd", **arguments, out_dir=tmp_path / "run")
-    assert abs(read_log(tmp_path / "run")[1]["loss"]) < 1e-6
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Stopping and going on
 
@@ -194,18 +188,6 @@ def test_kill_9_and_ctrl_c_from_outside(world, tmp_path):
     run("opd", **world | dict(steps=40, save_every=5, eval_every=0), out_dir=tmp_path / "cut")
     run("opd", **world | dict(steps=40, save_every=5, eval_every=0), out_dir=tmp_path / "whole")
     assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
-
-
-def test_other_arguments_are_refused_and_a_finished_run_says_so(world, tmp_path, capsys):
-    out = tmp_path / "run"
-    run("opd", **world, out_dir=out)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit, match="--lr was 0.001, now 0.5"):
-        run("opd", **world | {"lr": 0.5}, out_dir=out)
-    with pytest.raises(SystemExit) as end:
-        run("opd", **world | {"micro_batch_size": 1, "save_every": 7}, out_dir=out)
-    assert end.value.code == 0 and "finished" in capsys.readouterr().out
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -236,6 +218,7 @@ def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tm
     assert 0 < count("sft_offpolicy", "e", max_new_tokens=9) <= 12  # longer: what ended before is kept
     assert count("sft_offpolicy", "f", temperature=0.7) == 12  # other sampling
     assert count("sft_offpolicy", "g", teacher_samples=2) == 12  # a second answer each
+    assert count("sft_offpolicy", "m", instruction="Box it.") == 12  # other prompts
     other = make_checkpoint(tmp_path / "teacher", hidden=48, seed=9)
     assert count("sft_offpolicy", "h", teacher=other) == 12  # another teacher
     # ... and another teacher under the *old* path

@@ -2,18 +2,14 @@
 
 import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 import transformers
 from conftest import ROOT, make_checkpoint
 
+from bench import bench
 from plumbing import runs
-
-sys.path.insert(0, str(ROOT / "bench"))
-
-import bench
 
 PHASES = {"rollout", "teacher", "student", "update"}
 contestants = pytest.mark.parametrize("contestant", ["ours", "plain"])
@@ -156,7 +152,7 @@ def test_what_is_timed_are_the_lines_of_opd_py():
 
 
 def test_the_models_of_the_gpu_preset_have_the_published_sizes():
-    for name, parameters in {"0.6B": 596_049_920, "4B": 4_022_468_096}.items():
+    for name, parameters in {"0.6B": 596_049_920, "4B": 4_022_468_096, "8B": 8_190_735_360}.items():
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(bench.model_config(name, case("h200")))
         assert model.num_parameters() == parameters

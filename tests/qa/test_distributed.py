@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,15 +14,10 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, SCRIPTS, arguments_of, even_length, make_checkpoint, read_log, run
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 WORKER = str(ROOT / "tests/qa/distributed_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 # Importing torch and transformers is most of what a short-lived process does: import them once, then fork.
@@ -35,7 +29,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/qa"), str(ROOT / "
 
 def start(world, jobs, tmp_path):
     """The worker in `world` processes, with the environment that torchrun gives them. -> [(process, its log file)]"""
-    port, started = free_port(), []
+    port, started = str(get_free_port()), []
     for rank in map(str, range(world)):
         log = tmp_path / f"{world}-{port}-{rank}.log"
         environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -92,7 +86,7 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
     succeed(start(4, jobs("4", [("opd", "tied"), ("opd", "untied")], sgd=True), tmp_path))
     # Two nodes of one process each, by two torchruns that meet on the loopback device.
     (job,) = jobs("nodes", [("opd", "tied")], sgd=True)
-    options = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(get_free_port())]
     with open(tmp_path / "nodes.log", "w+") as log:
         nodes = [
             subprocess.Popen([*TORCHRUN, *options, "--node_rank", n, WORKER, json.dumps([job])], stdout=log, stderr=log)

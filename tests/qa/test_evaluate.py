@@ -121,9 +121,6 @@ def test_intervals_over_seeds_are_t_intervals():
 class InProcess(concurrent.futures.Executor):
     """A pool that runs jobs where it stands: a spawned worker would import torch anew for seconds."""
 
-    def __init__(self, *args, **kwargs):
-        pass
-
     def submit(self, function, *args):
         future = concurrent.futures.Future()
         future.set_result(function(*args))
@@ -144,7 +141,7 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
 
     monkeypatch.setattr(findings, "plan", plan)
     monkeypatch.setattr(findings, "make_variants", lambda world, out_dir: None)
-    monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", InProcess)
+    monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", lambda *args, **options: InProcess())
     monkeypatch.setattr(runs_module, "draw_curves", lambda out_dir: None)  # half of the time of such small runs
     argv = f"--out_dir {tmp_path} --worlds toy --seeds 1 --steps 4 --rl_steps 1 --short 2 --length 9"
     args = parse(compare.Args, argv.split())

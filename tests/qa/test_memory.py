@@ -17,13 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import opd
+from bench.bench import Case, model_config  # the published config.json files, which test_bench.py checks
 from plumbing import runs
 from plumbing.models import load_model
 from plumbing.processes import layers
 from plumbing.runs import parse
 
-sys.path.insert(0, str(ROOT / "bench"))
-from bench import Case, model_config  # noqa: E402  the published config.json files, which test_bench.py checks
 
 
 def config(name):

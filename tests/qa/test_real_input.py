@@ -105,14 +105,6 @@ def test_prompts_and_ends_are_shared(argv, asks, begins, asked):
     assert asked(*argv).text == f"<|im_start|>user\n{asks}<|im_end|>\n<|im_start|>assistant\n{begins}"
 
 
-def test_the_instruction_is_part_of_the_teachers_store(world, tmp_path):
-    for name, instruction in (("a", ""), ("b", "Box it."), ("c", "Box it.")):
-        run("sft_offpolicy", **world, instruction=instruction, out_dir=tmp_path / name)
-    assert len(list((tmp_path / "teacher_rollouts").iterdir())) == 2
-    logs = [read_log(tmp_path / name) for name in "abc"]
-    assert logs[0] != logs[1] == logs[2]
-
-
 def test_what_the_loss_does_at_an_end_token(world, asked):
     """The end token is a response token like any other: it is scored, under its own id. Where the teacher would end
     with <|im_end|> and the student ended with <|endoftext|>, the KL at that position says so."""
@@ -179,7 +171,7 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
     for argv in (["--recipe", str(recipe), "--steps", "9"], ["--steps", "9", f"--recipe={recipe}"]):
         args = parse(opd.Args, argv)
         assert (args.lr, args.steps, args.out_dir) == (5e-7, 9, "a folder")
-    for content, says in (("--lr 'x", "cannot be read"), ("--learning_rate 1", "unknown argument --learning_rate")):
+    for content, says in (("--lr 'x", "cannot be read"), ("--learning_rate 1", "unrecognized arguments: --learning_rate")):
         recipe.write_text(content)
         with pytest.raises(SystemExit, match=says):
             parse(opd.Args, ["--recipe", str(recipe)])

@@ -1,9 +1,7 @@
 """docs/real_pair.py in small: the toy's models in place of the real ones."""
 
-import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +13,13 @@ from transformers import AutoConfig
 
 import evaluate
 from common import forward_kl, reverse_kl, sample, weighted_kl
+from docs import real_pair as module
 from plumbing.models import Vocab
 from plumbing.runs import parse
 
 
 @pytest.fixture
 def real_pair(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("real_pair", ROOT / "docs" / "real_pair.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "real_pair", module)
-    spec.loader.exec_module(module)
     recipe = tmp_path / "recipe.txt"
     recipe.write_text("--steps 2 --batch_size 2 --max_new_tokens 4 --eval_problems 2 --eval_k 1 --eval_max_new_tokens 6\n")
     monkeypatch.setattr(module, "RECIPE", recipe)
