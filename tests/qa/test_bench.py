@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_checkpoint
+from conftest import ROOT, arguments_of, make_checkpoint
 
-from bench import bench
+import opd
+from bench import bench, precision
 from plumbing import runs
 
 PHASES = {"rollout", "teacher", "student", "update"}
@@ -172,6 +173,14 @@ def test_the_table_takes_the_fastest_step_and_the_median_memory(capsys):
         printed = capsys.readouterr().out
         assert all(f"ours, {words}" in printed for words in says)
         assert ("| ours | 7 | 0 | 0 | 0 | 7 | 5 | 5 | 0.7 | 0.5 |" in printed) == (len(ours) == 3)
+
+
+def test_what_bf16_does_is_measured_against_fp32(world, capsys):
+    precision.main(opd.Args(**arguments_of("opd", world)))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    errors = {(name.lstrip("| "), kind): float(error.rstrip("% |")) for name, kind, _, _, error in rows}
+    for kl in ("forward_kl", "reverse_kl"):
+        assert errors[kl, "fp32"] == 0 < errors[kl, "teacher only"] and 0.01 < errors[kl, "as trained"] < 10
 
 
 @needs_trl
