@@ -54,11 +54,11 @@ def log_ratios(student, teacher, rollouts, vocab):
 def in_numbers(ratios):
     """A line on where models disagree: on all tokens a little, or on a few of them."""
     sizes = sorted((abs(x) for x in ratios), reverse=True)
-    share = sum(sizes[: math.ceil(len(sizes) / 100)]) / (sum(sizes) or 1.0)
-    beyond = sum(x > FULL for x in sizes) / len(sizes)
+    n, few = len(sizes), math.ceil(len(sizes) / 100)
+    share, beyond = sum(sizes[:few]) / (sum(sizes) or 1.0), sum(x > FULL for x in sizes) / n
     return (
-        f"{len(sizes)} tokens, |log-ratio| {sum(sizes) / len(sizes):.2f} nats on average; the 1 % where it is largest "
-        f"carry {share:.0%} of the sum; beyond {FULL:.0f} nats: {beyond:.1%}"
+        f"{n} tokens, |log-ratio| {sum(sizes) / n:.2f} nats on average; the largest {few} carry {share:.0%} of the sum; "
+        f"beyond {FULL:.0f} nats: {beyond:.1%}"
     )
 
 

@@ -279,7 +279,7 @@ def compare(trainer, case, teacher, loss):
     n, ids = inputs["num_items_in_batch"], torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     assert n == case.batch_size * case.max_new_tokens, "not the same work"
     batch = Rollouts(ids, inputs["prompt_mask"].bool(), inputs["completion_mask"].bool(), None, [])
-    student.autocasts = False  # as TRL's: see above
+    student.autocasts = False  # as TRL computes its student's part
     our_loss, _ = weighted_kl(reverse_kl, student, teacher, batch, batch.mask / n, Vocab(case.vocab, (), 0))
     parameters = [p for p in student.parameters() if p.requires_grad]
     ours = torch.autograd.grad(our_loss, parameters)

@@ -1,9 +1,9 @@
 """What bf16 does to loss and gradient: one batch of the student's rollouts, scored in bf16 and in fp32.
 
-    python bench/precision.py --recipe recipes/laptop.txt                       the arguments are those of opd.py
+    python bench/precision.py --recipe recipes/laptop.txt                  arguments of opd.py, all but --precision
     python bench/precision.py --recipe recipes/laptop.txt --student FOLDER --teacher FOLDER --data FILE
 
-For both KLs, exact and from the same rollouts: the loss, and how far the gradient is from that in fp32, as the norm of
+For both KLs and the same rollouts, which are sampled in bf16: the loss, and how far the gradient is from that in fp32, as the norm of
 the difference relative to the norm. `as trained` is --precision bf16: the teacher's weights and the student's products
 in bf16. In `teacher only` the student computes in fp32.
 """
@@ -27,7 +27,9 @@ def loss_and_gradients(divergence, student, teacher, rollouts, vocab, args):
     loss = 0.0
     for micro in rollouts.split(args.micro_batch_size):
         token_weights = micro.mask / rollouts.mask.sum()
-        micro_loss, _ = weighted_kl(divergence, student, teacher, micro, token_weights, vocab)
+        micro_loss, _ = weighted_kl(
+            divergence, student, teacher, micro, token_weights, vocab, args.estimator, args.ends
+        )
         micro_loss.backward()
         loss += micro_loss.item()
     gradients = [p.grad for p in student.parameters()]
@@ -46,7 +48,8 @@ def main(args):
     args.precision = "bf16"
     student = load_model(args.student, args, trainable=True)
     prompts, keys = [p.prompt for p in problems], [(args.seed, 0, i) for i in range(len(problems))]
-    rollouts = sample(student, prompts, keys, vocab, args.max_new_tokens)
+    sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
+    rollouts = sample(student, prompts, keys, vocab, args.max_new_tokens, **sampling)
     exact = {}
     print("| | precision | loss | its error | the gradient's error |\n|" + "---|" * 5)
     for name, (student.autocasts, args.precision) in PRECISIONS.items():

@@ -302,6 +302,15 @@ def test_draw_takes_the_first_token_whose_cumulative_probability_exceeds_u(dtype
     assert draw(probs.expand(3, 6, 7), u.expand(3, 6)).tolist() == [[token for _, token in cases]] * 3
 
 
+def test_draw_tells_the_rare_tokens_of_a_real_vocabulary_apart():
+    """Each of them adds less to a CDF than fp32 resolves there. The tokens are those between whose sums u lies."""
+    probs = torch.full((151_936,), 1e-3 / 151_935)
+    probs[0] = 0.999
+    cdf, y = probs.double().cumsum(-1), torch.arange(1, 151_936, 10_007)
+    u = (cdf[y - 1] + cdf[y]) / 2 / cdf[-1]
+    assert torch.equal(draw(probs.expand(len(y), -1), u), y)
+
+
 @pytest.mark.parametrize("total", [0.25, 1.0, 8.0])
 def test_draw_needs_no_normalised_probabilities(total):
     """Cutting a distribution off (top-k, top-p) leaves less than 1; what is left is drawn in proportion."""

@@ -62,5 +62,5 @@ def test_blue_is_what_the_teacher_would_say_more_often():
 def test_where_models_disagree_in_numbers():
     line = look.in_numbers([0.5, -0.5] * 99 + [-5.0, 1.0])
     assert line.startswith("200 tokens, |log-ratio| 0.53 nats on average"), "(99 + 5 + 1) / 200"
-    assert "carry 6% of the sum; beyond 4 nats: 0.5%" in line, "2 of 200 tokens, 6 of 105 nats"
+    assert "the largest 2 carry 6% of the sum; beyond 4 nats: 0.5%" in line, "2 of 200 tokens, 6 of 105 nats"
     assert "0.00 nats" in look.in_numbers([0.0]), "a model beside itself"

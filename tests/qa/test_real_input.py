@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,17 @@ def asked(world):
         return SimpleNamespace(prompt=problems[0].prompt, text=tokenizer.decode(problems[0].prompt), vocab=vocab)
 
     return ask
+
+
+def test_ends_are_those_of_config_generation_config_and_tokenizer(world, tmp_path):
+    """Qwen's chat models name <|im_end|> in one of them and <|endoftext|> in another."""
+    shutil.copytree(world["student"], tmp_path / "student")
+    config = tmp_path / "student" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 5}))
+    (tmp_path / "student" / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
+    args = parse(opd.Args, ["--student", str(tmp_path / "student"), "--teacher", world["teacher"]])
+    vocab, tokenizer = load_vocab(args, [[tasks.Problem("Is 7 prime?", "1")]])
+    assert {5, 6, 7, tokenizer.eos_token_id} <= set(vocab.end_ids)
 
 
 @pytest.mark.parametrize(
