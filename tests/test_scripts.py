@@ -218,7 +218,7 @@ def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tm
     assert 0 < count("sft_offpolicy", "e", max_new_tokens=9) <= 12  # longer: what ended before is kept
     assert count("sft_offpolicy", "f", temperature=0.7) == 12  # other sampling
     assert count("sft_offpolicy", "g", teacher_samples=2) == 12  # a second answer each
-    assert count("sft_offpolicy", "m", instruction="Box it.") == 12  # other prompts
+    assert count("sft_offpolicy", "p", instruction="Box it.") == 12  # other prompts
     other = make_checkpoint(tmp_path / "teacher", hidden=48, seed=9)
     assert count("sft_offpolicy", "h", teacher=other) == 12  # another teacher
     # ... and another teacher under the *old* path
