@@ -165,14 +165,8 @@ def test_the_table_takes_the_fastest_step_and_the_median_memory(capsys):
         return dict(seconds=seconds, peak=mib * 2**20, baseline=0, **more)
 
     trl = [row(10.0, 10, loss=1.0, our_loss=1.0, loss_error=0.0, gradient_error=0.0)]
-    for ours, says in (
-        ([row(9.0, 9), row(7.0, 2), row(8.0, 5)], ["time: 0.7, target 0.4: missed", "memory: 0.5, target 0.4: missed"]),
-        ([row(3.0, 4)], ["time: 0.3, target 0.4: met", "memory: 0.4, target 0.4: met"]),
-    ):
-        bench.report(case("real"), dict(ours=ours, trl=trl))
-        printed = capsys.readouterr().out
-        assert all(f"ours, {words}" in printed for words in says)
-        assert ("| ours | 7 | 0 | 0 | 0 | 7 | 5 | 5 | 0.7 | 0.5 |" in printed) == (len(ours) == 3)
+    bench.report(case("real"), dict(ours=[row(9.0, 9), row(7.0, 2), row(8.0, 5)], trl=trl))
+    assert "| ours | 7 | 0 | 0 | 0 | 7 | 5 | 5 | 0.7 | 0.5 |" in capsys.readouterr().out
 
 
 def test_what_bf16_does_is_measured_against_fp32(world, capsys):
