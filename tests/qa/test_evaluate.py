@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,7 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     figures = {f"{name}.png" for name in findings.figures(args)}
     assert len(figures) == 7 and figures <= {p.name for p in tmp_path.iterdir()}
     assert len((tmp_path / "findings.md").read_text().splitlines()) == 2 + len(findings.claims(args))
+    assert sorted(Counter(axis for axis, *_ in findings.claims(args)).values()) == [2] * 6 + [4], "as results.md counts"
     table = (tmp_path / "table.md").read_text()
     runs = real(args, "toy")
     assert all(f"| {name} | 1 | " in table for name in runs) and table.count("| curriculum-no-gate | ") == 2
