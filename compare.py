@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import evaluate
 from plumbing.runs import check_fields, parse, read_lines
 from plumbing.tasks import refuse
 from toy import findings
@@ -53,22 +52,14 @@ class Args:
 
 
 def run_one(script, arguments, out_dir):
-    """Run a script as its command line would, in this process, and keep the responses of the model that it leaves.
-    -> an error, or None"""
-    answers = os.path.join(out_dir, "responses.jsonl")
-    asked = {name: value for name, value in arguments.items() if hasattr(evaluate.Args, name)}
-    jobs = {script: arguments | {"out_dir": out_dir}}
-    if not os.path.exists(answers):
-        jobs["evaluate"] = asked | {"model": f"{out_dir}/model", "out_file": answers}
+    """Run a script as its command line would, in this process. -> an error, or None"""
+    module = importlib.import_module(script)
+    words = [str(w) for key, value in (arguments | {"out_dir": out_dir}).items() for w in (f"--{key}", value)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        for name, words in jobs.items():
-            module = importlib.import_module(name)
-            try:
-                module.main(parse(module.Args, [str(w) for key, value in words.items() for w in (f"--{key}", value)]))
-            except SystemExit as end:
-                if end.code not in (0, None):
-                    return f"{out_dir}: {end.code}"
-    return None
+        try:
+            module.main(parse(module.Args, words))
+        except SystemExit as end:
+            return f"{out_dir}: {end.code}" if end.code else None
 
 
 def run_all(args, world, seeds):
@@ -114,9 +105,9 @@ METRICS = {
 KEPT = {*METRICS, "step", "clip_ratio", "response_len", "entropy", "gate_entropy", "gate_open", "train_len"}
 
 
-def read(path):
-    """A run's log -> its rows at evaluations, at gates and at every tenth step; the last has the accuracy by the first
-    answer of each response instead of the last one, where the responses are there."""
+def read(path, first_answer=False):
+    """A run's log -> its rows at evaluations, at gates and at every tenth step. first_answer: the last has the accuracy
+    by the first answer of each response, too, instead of the last one."""
     try:
         rows = read_lines(os.path.join(path, "log.jsonl"))
     except OSError as error:
@@ -124,9 +115,9 @@ def read(path):
     rows = [row for row in rows if "avg_at_k" in row or "gate_entropy" in row or row["step"] % 10 == 0]
     if not any("avg_at_k" in row for row in rows):
         refuse(f"{path!r} has no evaluation in its log yet")
-    answers = os.path.join(path, "responses.jsonl")
-    if os.path.exists(answers):
-        first = [(re.search(r"####([^#\n]*)", r["response"]), r["answer"]) for r in read_lines(answers)]
+    if first_answer:
+        responses = read_lines(os.path.join(path, f"responses-{rows[-1]['step']}.jsonl"))
+        first = [(re.search(r"####([^#\n]*)", r["response"]), r["answer"]) for r in responses]
         rows[-1]["first_avg"] = float(np.mean([bool(found) and found[1] == answer for found, answer in first]))
     number = lambda x: float(f"{x:.5g}") if isinstance(x, float) else x  # noqa: E731
     return [{"flops": 0.0} | {key: number(value) for key, value in row.items() if key in KEPT} for row in rows]
@@ -263,7 +254,7 @@ def main(args: Args):
         if len({Path(world).name for world in worlds}) < len(worlds):
             refuse(f"--worlds is {args.worlds!r}: their folders need different names, as results are kept by name")
         runs = {first: run_all(args, first, args.seeds)} | {w: run_all(args, w, args.other_seeds) for w in others}
-        worlds = {w: {name: [read(d) for d in dirs] for name, dirs in of.items()} for w, of in runs.items()}
+        worlds = {w: {name: [read(d, True) for d in dirs] for name, dirs in of.items()} for w, of in runs.items()}
         Path(args.out_dir, "results.json").write_text(json.dumps(worlds, separators=(",", ":")) + "\n")
         groups = next(iter(worlds.values()))
         for name, figure in findings.figures(args).items():

@@ -8,7 +8,6 @@ intervals are over problems (normal approximation). Where a file has difficulty 
 goes to stdout; --out_file keeps every response, one JSON line each. The training scripts evaluate with the same lines.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +15,7 @@ from typing import Literal
 from common import evaluate, summarize
 from plumbing.models import load_model, load_vocab, resolve_precision
 from plumbing.processes import is_main, start_processes
-from plumbing.runs import check_args, in_words, parse, write_file
+from plumbing.runs import check_args, in_words, parse, with_problems, write_file
 from plumbing.tasks import load_evals, refuse
 
 
@@ -57,13 +56,11 @@ def main(args: Args):
         for level in sorted({p.level for p in problems if p.level is not None}, key=lambda x: (len(str(x)), str(x))):
             of_level = [i for i, p in enumerate(problems) if p.level == level]
             table.append((f"  level {level}", summarize(records, of_level, args.eval_k)))
-        for r in records:
-            p = problems[r["problem"]]
-            responses.append({"set": name, "prompt": p.question, "answer": p.answer, "level": p.level, **r})
+        responses += with_problems(name, problems, records)
     if not is_main():
         return
     if args.out_file:
-        write_file(folder, out_file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in responses))
+        write_file(folder, out_file, responses)
     k = args.eval_k
     print(f"| {args.model} | problems | Avg@{k} | Pass@{k} | length | cut | marked | entropy |\n|" + "---|" * 8)
     for name, m in table:

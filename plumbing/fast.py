@@ -166,6 +166,24 @@ def token_log_probs(model, batch, vocab, chunk=None):
 # Decoding
 
 
+class _GrowingLayer(transformers.DynamicLayer):
+    """Keys and values of one layer, (b, heads, columns, head_dim), with room for the next tokens: DynamicLayer copies
+    all columns to add one, which takes a third of the time of sampling 256 short responses on a CPU."""
+
+    length, room = 0, 64  # columns that hold a token; columns added when all do
+
+    def get_seq_length(self):
+        return self.length
+
+    def update(self, keys, values, *args, **kwargs):
+        first, self.length = self.length, self.length + keys.shape[-2]
+        if first == (self.keys.shape[-2] if self.is_initialized else 0):  # full
+            super().update(*(F.pad(x, (0, 0, 0, self.room)) for x in (keys, values)))
+        else:
+            self.keys[:, :, first : self.length], self.values[:, :, first : self.length] = keys, values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
 class GrowingCache:
     """Decode with a KV cache that grows by a token a step, and from which ended rows are dropped."""
 
@@ -177,7 +195,10 @@ class GrowingCache:
         if self.attention is not None:
             self.inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         self.cache = transformers.DynamicCache(config=model.config)
+        plain = transformers.DynamicLayer  # other kinds are windows, and need no room, or no keys and values
+        self.cache.layers = [_GrowingLayer() if type(layer) is plain else layer for layer in self.cache.layers]
 
+    @torch.inference_mode()
     def step(self, y=None):
         """Read the tokens y (b,), or the prompts -> the hidden states that predict the next token (b, H)."""
         if y is not None:

@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import hashlib
 import inspect
-import itertools
 import json
 import logging
 import math
@@ -204,7 +203,7 @@ class Run:
             self.load_state(f"state-{states[-1]}")
         if is_main() and os.path.exists(os.path.join(out, "log.jsonl")):
             rows = [row for row in read_lines(os.path.join(out, "log.jsonl")) if states and row["step"] <= self.step]
-            write_file(out, "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_file(out, "log.jsonl", rows)
         if states and is_main():
             print(f"continuing {out} after step {self.step}")
         signal.signal(signal.SIGINT, self._ask_to_stop)
@@ -275,15 +274,14 @@ class Run:
         the pooled value, and `key/name` the set's own."""
         if not self.evals:  # --eval_data none
             return {}
-        args, results, samples = self.args, {}, []
+        args, results, responses = self.args, {}, []
         for name, problems in self.evals.items():
             results[name], records = self.evaluate(self.student, problems, self.vocab, self.tokenizer, args)
-            samples += _best_and_worst(name, problems, records)
+            responses += with_problems(name, problems, records)
             if is_main():
                 tqdm.write(f"step {step:4d}  {name}: {in_words(results[name], args)}")
         if is_main():
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-            write_file(args.out_dir, f"samples-{step}.jsonl", lines)
+            write_file(args.out_dir, f"responses-{step}.jsonl", responses)
         if len(results) == 1:
             return next(iter(results.values()))
         of_sets = {f"{key}/{name}": value for name, metrics in results.items() for key, value in metrics.items()}
@@ -400,8 +398,10 @@ def _check_out_dir(args):
 
 
 def write_file(directory, name, content):
-    """Write a whole file or leave the old one: never half of it."""
+    """Write a whole file or leave the old one: never half of it. content: a text, rows for JSONL, or a dict for JSON."""
     path = os.path.join(directory, name)
+    if isinstance(content, list):
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
     Path(path + ".partial").write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
     os.replace(path + ".partial", path)
 
@@ -414,6 +414,12 @@ def read_lines(path):
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
+
+
+def with_problems(name, problems, records):
+    """The records of common.evaluate on a set of this name, each with its question and answer: rows for a file."""
+    of = [problems[record["problem"]] for record in records]
+    return [dict(set=name, prompt=p.question, answer=p.answer, level=p.level, **r) for p, r in zip(of, records)]
 
 
 def pool(results):
@@ -438,15 +444,6 @@ def in_words(m, args):
             "by --instruction, or let them finish by a larger --eval_max_new_tokens"
         )
     return line
-
-
-def _best_and_worst(name, problems, records):
-    """The three best and the three worst problems of an evaluation, two responses each, to be read."""
-    by_problem = [list(of_one) for _, of_one in itertools.groupby(records, lambda r: r["problem"])]
-    ranked = sorted(by_problem, key=lambda of_one: -sum(r["correct"] for r in of_one))
-    chosen = [(problems[r["problem"]], r) for of_one in ranked[:3] + ranked[3:][-3:] for r in of_one[:2]]
-    asked = [dict(set=name, prompt=problem.question, answer=problem.answer) for problem, _ in chosen]
-    return [row | {key: r[key] for key in ("response", "correct")} for row, (_, r) in zip(asked, chosen)]
 
 
 class Store:

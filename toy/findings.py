@@ -27,10 +27,10 @@ def plan(args, world):
         refuse(f"--short is {short} and --length {long}: there must be room between them for 4 times the short one")
     here = dict(student=f"{world}/student", data=f"{world}/train.jsonl", eval_data=f"{world}/eval.jsonl")
     here |= dict(max_new_tokens=long, eval_max_new_tokens=long, save_every=10**6)  # a run of seconds needs no states
-    base = here | dict(teacher=f"{world}/teacher", steps=args.steps, eval_every=max(1, args.steps // 3))
+    base = here | dict(teacher=f"{world}/teacher", steps=args.steps)
     gated = base | dict(lengths=f"{short},{middle},{long}", h_min=H_MIN, on_closed="continue")
-    rl = here | dict(steps=args.rl_steps, eval_every=max(1, args.rl_steps // 3))
-    return {
+    rl = here | dict(steps=args.rl_steps)
+    runs = {
         **{script: (script, base) for script in FOUR},
         **{f"{script}-short": (script, base | dict(max_new_tokens=short)) for script in FOUR},
         **{f"{script}-middle": (script, base | dict(max_new_tokens=middle)) for script in FOUR[2:]},
@@ -49,6 +49,9 @@ def plan(args, world):
         "opd-sampled-as_one": ("opd", base | dict(estimator="sampled", ends="as_one")),
         **{f"grpo-after-{name}": ("grpo", rl | dict(student=name)) for name in ("opd", "opd-short", "dagger_onpolicy")},
     }
+    drawn = {run for _, panels, lines in figures(args).values() if panels[0][0] == "step" for *_, run in lines}
+    every = lambda name, steps: max(1, steps // 3) if name in drawn else steps  # noqa: E731  evaluation takes its time
+    return {name: (script, its | dict(eval_every=every(name, its["steps"]))) for name, (script, its) in runs.items()}
 
 
 def make_variants(world, out_dir):

@@ -15,7 +15,7 @@ from conftest import arguments_of, read_log, run, write_jsonl
 import compare
 from common import summarize
 from plumbing import runs as runs_module
-from plumbing.runs import parse, pool
+from plumbing.runs import parse, pool, read_lines
 from plumbing.tasks import load_evals
 from toy import findings
 
@@ -45,6 +45,8 @@ def test_evaluate_gives_the_numbers_of_the_training_log(world, finished, tmp_pat
     assert (problems, avg, passed) == (3, round(expected["avg_at_k"], 3), round(expected["pass_at_k"], 3))
     assert (length, entropy) == (round(expected["eval_len"], 1), round(expected["eval_entropy"], 3))
     rows = [json.loads(line) for line in Path(tmp_path, "all.jsonl").read_text().splitlines()]
+    of_run = read_lines(finished / f"seed-0/responses-{expected['step']}.jsonl")
+    assert [row.pop("nats") for row in rows] == pytest.approx([row.pop("nats") for row in of_run]) and rows == of_run
     assert [path.name for path in tmp_path.iterdir()] == ["all.jsonl"]
     assert len(rows) == 6 and {"prompt", "response", "answer", "correct", "length", "ended"} <= set(rows[0])
 
@@ -193,14 +195,16 @@ def test_what_switches_a_cause_off_is_the_only_difference():
     }  # fmt: skip
     for name, (other, argument, value) in off.items():
         (script, arguments), (same_script, base) = runs[name], runs[other]
+        base["eval_every"] = arguments["eval_every"]  # how often one looks changes nothing
         assert script == same_script and arguments == base | {argument: value} and base.get(argument) != value, name
 
 
 def test_the_first_answer_is_read_from_the_responses(finished, tmp_path):
     shutil.copytree(finished / "seed-0", tmp_path / "run")
     said = ["=1\n####7####3", "####3\n####7", "no answer", "####7\n####3"]
-    write_jsonl(tmp_path / "run/responses.jsonl", [{"response": text, "answer": "7"} for text in said])
-    assert compare.read(str(tmp_path / "run"))[-1]["first_avg"] == 0.5
+    last = read_log(tmp_path / "run")[-1]["step"]
+    write_jsonl(tmp_path / f"run/responses-{last}.jsonl", [{"response": text, "answer": "7"} for text in said])
+    assert compare.read(str(tmp_path / "run"), first_answer=True)[-1]["first_avg"] == 0.5
 
 
 def made_up(values, cost=1.0):

@@ -214,7 +214,7 @@ def test_prompts_without_answers_are_enough(script, world, tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert not any(key.startswith(("avg_at_k", "eval_")) for row in rows for key in row) and rows[-1]["entropy"] > 0
     assert (tmp_path / "run/model").exists() and (tmp_path / "run/curves.png").exists()
-    assert not list(tmp_path.glob("run/samples-*"))
+    assert not list(tmp_path.glob("run/responses-*"))
 
 
 def test_a_config_of_which_no_model_can_be_made_is_left_to_the_checks_that_explain_it(world, monkeypatch):
