@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from common import Rollouts, make_rollouts, reverse_kl, sample, weighted_kl
 from plumbing.models import Vocab, autocast
-from plumbing.processes import average, full
+from plumbing.processes import average, full, start_processes
 from plumbing.runs import Batch, parse
 from plumbing.tasks import refuse
 
@@ -292,6 +292,8 @@ def measure(contestant, case):
     """One contestant, once, in a process that does nothing else. -> a record"""
     torch.set_num_threads(case.threads)
     transformers.logging.set_verbosity_error()
+    if contestant == "ours":
+        start_processes()  # as every script: without cuDNN's attention
     (student, teacher), clock = build(case), Clock(case)
     teacher.base_model.forward = clock.during("teacher")(teacher.base_model.forward)
     student.generate = clock.during("rollout")(student.generate)

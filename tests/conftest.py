@@ -74,6 +74,9 @@ def make_checkpoint(
     if arch == "Qwen3":
         options.setdefault("head_dim", hidden // 4)
     model = getattr(transformers, f"{arch}ForCausalLM")(getattr(transformers, f"{arch}Config")(**options))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at first
+            torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)

@@ -322,11 +322,13 @@ def test_a_divergence_that_cannot_be_sampled(world, tmp_path, monkeypatch, loade
         "def total_variation(student_logits, teacher_logits):\n"
         "    return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2\n\n\n"
     )
-    head = "@dataclass\nclass Args"
-    mine = sibling(tmp_path, monkeypatch, ("reverse_kl, student,", "total_variation, student,"), (head, plain + head))
-    arguments = world | {"out_dir": str(tmp_path / "run")}
-    line = refusal(mine, arguments | {"estimator": "sampled"})
-    assert "total_variation has no argument `u`" in line and not loaded
+    head = "from functools import partial\n\n\n@dataclass\nclass Args"
+    for call in ("partial(total_variation, lam=0.2), student,", "total_variation, student,"):
+        edits = ("reverse_kl, student,", call), ("@dataclass\nclass Args", plain + head)
+        mine = sibling(tmp_path, monkeypatch, *edits)
+        arguments = world | {"out_dir": str(tmp_path / "run")}
+        line = refusal(mine, arguments | {"estimator": "sampled"})
+        assert "total_variation has no argument `u`" in line and not loaded
     mine.main(mine.Args(**arguments))
     assert (tmp_path / "run/model").exists()
 
@@ -338,12 +340,16 @@ def test_an_edited_script_is_another_run_and_a_comment_is_not(world, tmp_path, m
     before = contents(tmp_path / "run")
     mine = sibling(tmp_path, monkeypatch, ("# (3) Loss", "# (3) The loss"), ('"""On-policy', '"""A copy of on-policy'))
     with pytest.raises(SystemExit) as end:
-        mine.main(mine.Args(**arguments | {"micro_batch_size": 1, "save_every": 7}))  # which change no result
+        mine.main(mine.Args(**arguments | {"micro_batch_size": 1, "rollout_batch_size": 2, "save_every": 7}))  # which change no result
     assert end.value.code == 0 and "finished" in capsys.readouterr().out
     assert contents(tmp_path / "run") == before
     for edit in (("reverse_kl, student,", "forward_kl, student,"), ('student: str = "toy/student"', 'student: str = "toy"')):
         line = refusal(sibling(tmp_path, monkeypatch, edit), arguments)
         assert "mine.py has been changed" in line and "common.py" not in line
+    fast = json.loads((tmp_path / "run/args.json").read_text())["code"]["fast.py"]
+    code = runs._code
+    monkeypatch.setattr(runs, "_code", lambda args: code(args) | {"common.py": fast})
+    assert "common.py has been changed" in refusal(mine, arguments)
 
 
 def test_a_real_model_with_what_is_made_for_the_toy_is_warned_of(world, monkeypatch, capsys):
