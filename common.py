@@ -239,7 +239,8 @@ def sample(
     model.eval()
     with unsharded(model), autocast(model):
         head = Head(model, vocab)
-        for rows in torch.arange(B, device=device).split(at_once or B):  # which share a key-value cache
+        slices = torch.arange(B, device=device).split(at_once or B)  # rows that share a key-value cache
+        for rows in tqdm(slices, desc=stream, leave=False, disable=len(slices) == 1 or not is_main()):
             decoder, y = decoder_for(model, cache)(model, start.take(rows)), None  # step(None) reads the prompts
             for t in range(max_new_tokens):
                 logits = head(decoder.step(y))  # (rows, V)
@@ -338,40 +339,37 @@ def evaluate(model, problems, vocab, tokenizer, args, top_p=1.0, top_k=0):
     records, one a response). Random numbers are keyed by (seed, problem, sample): evaluations differ by the model."""
     pairs = [(i, j) for i in range(len(problems)) for j in range(args.eval_n or args.eval_k)]
     pairs.sort(key=lambda pair: len(problems[pair[0]].prompt))  # prompts of a length share a batch: less padding
-    prompts, keys = [problems[i].prompt for i, _ in pairs], [(args.seed, i, j) for i, j in pairs]
+    mine, asked = share_of(pairs)
+    prompts, keys = [problems[i].prompt for i, _ in asked], [(args.seed, i, j) for i, j in asked]
     sampling = (args.eval_max_new_tokens, args.eval_temperature, top_p, top_k, "evaluate")
+    rollouts = sample(model, prompts, keys, vocab, *sampling, entropies=True, at_once=args.eval_batch_size)
+    nats = (rollouts.entropy * rollouts.mask).sum(1).tolist()
     records = []
-    for rows, rollouts in many_rollouts(model, prompts, keys, vocab, args.eval_batch_size, *sampling):
-        nats = (rollouts.entropy * rollouts.mask).sum(1).tolist()
-        for row, ids, ended, nat in zip(rows, rollouts.responses(), rollouts.ended.tolist(), nats):
-            (i, j), text = pairs[row], tokenizer.decode(ids, skip_special_tokens=True)
-            right, marked = grade(text, problems[i].answer, args.grade), find_answer(text) is not None
-            result = dict(response=text, correct=right, marked=marked, length=len(ids), ended=ended, nats=nat)
-            records.append(dict(problem=i, sample=j, **result))
+    for (i, j), ids, ended, nat in zip(mine, rollouts.responses(), rollouts.ended.tolist(), nats):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        right, marked = grade(text, problems[i].answer, args.grade), find_answer(text) is not None
+        result = dict(response=text, correct=right, marked=marked, length=len(ids), ended=ended, nats=nat)
+        records.append(dict(problem=i, sample=j, **result))
     records = sorted(gather(records), key=lambda r: (r["problem"], r["sample"]))
     return summarize(records, range(len(problems)), args.eval_k), records
 
 
-def many_rollouts(model, prompts, keys, vocab, batch_size, *sampling):
-    """Rollouts of any number of prompts, with entropies, batch by batch, shared by all processes. Yields (rows,
-    Rollouts): which of the prompts they are; no rows, to be ignored, while other processes still have some."""
+def share_of(items):
+    """-> this process's share of the items, and what it has to sample: the same, or any one where the share is empty,
+    since sampling from a sharded model takes all processes."""
     rank, world = rank_and_world()
-    mine = range(rank, len(prompts), world)
-    n_batches = math.ceil(math.ceil(len(prompts) / world) / batch_size)  # the same on every process
-    for b in tqdm(range(n_batches), desc="evaluate", leave=False, disable=not is_main()):
-        rows = mine[b * batch_size : (b + 1) * batch_size]
-        batch = [(prompts[i], keys[i]) for i in rows or [0]]
-        yield rows, sample(model, *zip(*batch), vocab, *sampling, entropies=True)
+    mine = items[rank::world]
+    return mine, mine or items[:1]
 
 
 def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):
     """Mean predictive entropy (T = 1, nats per token) of the model's own rollouts of at most max_new_tokens on prompts,
     with the same random numbers every time. -> (entropy, model FLOPs of measuring it)"""
-    keys, sums = [(0, 0, i) for i in range(len(prompts))], np.zeros(3)
-    for rows, rollouts in many_rollouts(model, prompts, keys, vocab, batch_size, max_new_tokens, 1.0, 1.0, 0, "gate"):
-        nats = (rollouts.entropy * rollouts.mask).sum().item()
-        sums += [nats, rollouts.mask.sum().item(), rollouts.flops] if rows else 0
-    nats, tokens, flops = map(sum_over_processes, sums.tolist())
+    mine, asked = share_of(range(len(prompts)))
+    keys, options = [(0, 0, i) for i in asked], dict(stream="gate", entropies=True, at_once=batch_size)
+    rollouts = sample(model, [prompts[i] for i in asked], keys, vocab, max_new_tokens, **options)
+    nats, tokens = (rollouts.entropy * rollouts.mask).sum().item(), rollouts.mask.sum().item()
+    nats, tokens, flops = (sum_over_processes(float(x) if mine else 0.0) for x in (nats, tokens, rollouts.flops))
     return nats / tokens, flops
 
 

@@ -188,32 +188,25 @@ class GrowingCache:
     """Decode with a KV cache that grows by a token a step, and from which ended rows are dropped."""
 
     def __init__(self, model, start):
-        self.body, mask = body(model), start.prompt_mask.long()
-        self.position = mask.sum(1, keepdim=True)  # (b, 1), of the next token
-        self.attention = None if mask.all() else mask  # without padding, none is needed
-        self.inputs = {"input_ids": start.ids}
-        if self.attention is not None:
-            self.inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        self.body, self.mask = body(model), start.prompt_mask.long()  # (b, columns): which columns hold a token
+        self.ids = start.ids  # (b, q) the tokens to read: the prompts, then one a step
+        self.position = (self.mask.cumsum(1) - 1).clamp(min=0)  # (b, q)
         self.cache = transformers.DynamicCache(config=model.config)
         plain = transformers.DynamicLayer  # other kinds are windows, and need no room, or no keys and values
         self.cache.layers = [_GrowingLayer() if type(layer) is plain else layer for layer in self.cache.layers]
 
-    @torch.inference_mode()
     def step(self, y=None):
         """Read the tokens y (b,), or the prompts -> the hidden states that predict the next token (b, H)."""
         if y is not None:
-            self.inputs = {"input_ids": y[:, None], "position_ids": self.position}
-            self.position = self.position + 1
-            if self.attention is not None:
-                self.attention = torch.cat([self.attention, self.attention.new_ones(len(y), 1)], 1)
-                self.inputs["attention_mask"] = self.attention
-        return self.body(**self.inputs, past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
+            self.ids, self.position = y[:, None], self.position[:, -1:] + 1
+            self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], 1)
+        inputs = dict(input_ids=self.ids, position_ids=self.position, attention_mask=self.mask)
+        return self.body(**inputs, past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
 
     def drop_all_but(self, rows):
         """Go on with these rows only (a bool mask). -> whether that was done"""
         self.cache.batch_select_indices(rows.nonzero()[:, 0])
-        self.position = self.position[rows]
-        self.attention = None if self.attention is None else self.attention[rows]
+        self.position, self.mask = self.position[rows], self.mask[rows]
         return True
 
 

@@ -106,12 +106,12 @@ def _generation_end(path):
 
 def resolve_precision(args):
     """What --precision auto stands for here: bf16 on a GPU; on a CPU for models of more than 10 million parameters, if
-    the processor multiplies bf16 matrices itself (on others a step in bf16 takes ten times as long and more)."""
+    the processor has AMX (on others bf16 is slower than fp32: bench/README.md)."""
     if args.precision != "auto":
         return args.precision
-    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    amx = torch.cpu._is_amx_tile_supported()
     path = args.student if hasattr(args, "student") else args.model
-    return "bf16" if torch.cuda.is_available() or (able and not is_toy(_load_config(path, "student"))) else "fp32"
+    return "bf16" if torch.cuda.is_available() or (amx and not is_toy(_load_config(path, "student"))) else "fp32"
 
 
 def is_toy(config):

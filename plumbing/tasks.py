@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -74,50 +73,31 @@ def load_evals(names, n):
 
 def _rows(name):
     """The dataset's rows. `datasets` is imported only for what plain JSON cannot read: it takes seconds."""
-    if not name.strip():
-        refuse("--data or --eval_data has an empty name; give a file, or name[:config[:split]] on the hub")
-    if os.path.isdir(name):
-        refuse(f"{name!r} is a directory; give a data file in it: .jsonl, .json, .csv or .parquet")
-    kind = Path(name).suffix
-    if kind in (".jsonl", ".json"):
-        return _json_rows(name)
-    if os.path.exists(name):
-        if kind not in (".csv", ".parquet"):
-            refuse(f"{name}: do not know this kind of file; give .jsonl, .json, .csv or .parquet")
-        source, options = kind[1:], {"data_files": name, "split": "train"}
-    else:
-        source, config, split = (name.split(":", 2) + [None, None])[:3]
-        options = {"name": config or None, "split": split or "train"}
+    kind, where = Path(name).suffix, name
     try:
-        from datasets import load_dataset
-
-        return load_dataset(source, **options)
-    except Exception as error:  # every kind of trouble comes from there: network, name, split, parsing
-        reason = f"{type(error).__name__}: {error}"[:300]
-        refuse(f"cannot load {name!r}; give a sound file, or name[:config[:split]] on the hub ({reason})")
-
-
-def _json_rows(name):
-    if not os.path.exists(name):
-        refuse(f"no data file {name!r} (looked in {os.getcwd()}); give a file, or name[:config[:split]] on the hub")
-    try:
-        text = Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        refuse(f"cannot read {name} as text: {error}")
-    where, rows = name, []
-    try:
-        if name.endswith(".json"):
-            rows = json.loads(text)
-        else:
+        if kind in (".jsonl", ".json"):
+            text = Path(name).read_text(encoding="utf-8-sig")
+        if kind == ".json":
+            return list(json.loads(text))
+        if kind == ".jsonl":
+            rows = []
             for i, line in enumerate(text.split("\n"), 1):
                 where = f"{name}, line {i}"
                 if line.strip():
                     rows.append(json.loads(line))
-    except ValueError as error:
-        refuse(f"{where}: not JSON ({error})")
-    if not isinstance(rows, list):
-        refuse(f"{name}: needs a list of rows, found {type(rows).__name__}")
-    return rows
+            return rows
+        from datasets import load_dataset
+
+        if kind in (".csv", ".parquet"):
+            return load_dataset(kind[1:], data_files=name, split="train")
+        source, config, split = (name.split(":", 2) + [None, None])[:3]
+        return load_dataset(source, name=config or None, split=split or "train")
+    except Exception as error:  # every kind of trouble comes from there: files, formats, the network, names
+        reason = f"{type(error).__name__}: {error}"[:300]
+        refuse(
+            f"cannot load {where!r}; give a sound .jsonl, .json, .csv or .parquet file, or name[:config[:split]] on the "
+            f"hub ({reason})"
+        )
 
 
 def encode_prompts(problems, tokenizer, thinking=False, instruction=""):

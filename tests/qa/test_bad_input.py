@@ -15,6 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import datasets  # noqa: F401  its log goes to the stderr that it finds first: not that of one test
 import pytest
 import transformers
 from conftest import ROOT, argv, make_tokenizer, read_log, write_jsonl
@@ -147,18 +148,18 @@ BEFORE_MODELS = {
     "damaged args.json": (in_the_way("args.json", '{"steps": '), "args.json is damaged", "--out_dir"),
     "args.json of something else": (in_the_way("args.json", "[1]"), "args.json is damaged", "--out_dir"),
     # data
-    "no data file": (dict(data="nowhere.jsonl"), "no data file 'nowhere.jsonl'", "give a file"),
-    "no evaluation file": (dict(eval_data="nowhere.jsonl"), "no data file 'nowhere.jsonl'", "give a file"),
-    "directory for data": (dict(data=lambda folder, world: str(folder)), "is a directory", "give a data file"),
-    "no data name": (dict(data=""), "--data", "empty name"),
+    "no data file": (dict(data="nowhere.jsonl"), "cannot load 'nowhere.jsonl'", "No such file"),
+    "no evaluation file": (dict(eval_data="nowhere.jsonl"), "cannot load 'nowhere.jsonl'", "No such file"),
+    "directory for data": (dict(data=lambda folder, world: str(folder)), "cannot load", "give a sound .jsonl"),
+    "no data name": (dict(data=""), "cannot load ''", "give a sound .jsonl"),
     "empty file": (data("a.jsonl", "\n\n"), "a.jsonl: no rows"),
-    "not JSON": (data("a.jsonl", '{"question": "a"}\n{"question": \n'), "a.jsonl, line 2: not JSON"),
+    "not JSON": (data("a.jsonl", '{"question": "a"}\n{"question": \n'), "a.jsonl, line 2'", "JSONDecodeError"),
     "JSON without columns": (data("a.jsonl", '{"question": "a"}\n["b"]\n'), "row 2", "object", "list"),
-    "a table that is not a list": (data("a.json", '{"question": "a"}'), "a.json: needs a list of rows"),
-    "damaged .json": (data("a.json", "[{]"), "a.json: not JSON"),
-    "binary file": (data("a.jsonl", b"\x89PNG\r\n\x1a\n\xff\xfe"), "cannot read", "a.jsonl", "as text"),
+    "a table that is not a list": (data("a.json", '{"question": "a"}'), "a.json, row 1: needs an object"),
+    "damaged .json": (data("a.json", "[{]"), "a.json'", "JSONDecodeError"),
+    "binary file": (data("a.jsonl", b"\x89PNG\r\n\x1a\n\xff\xfe"), "cannot load", "a.jsonl", "decode"),
     "damaged parquet": (data("a.parquet", b"PAR1 not really"), "cannot load", "a.parquet"),
-    "unknown kind of file": (data("a.xlsx", b"PK"), "a.xlsx: do not know", ".jsonl"),
+    "unknown kind of file": (data("a.xlsx", b"PK"), "cannot load", "a.xlsx", ".jsonl"),
     "not on the hub": (dict(data="no-such-organisation/no-such-data"), "'no-such-organisation/no-such-data'", "hub"),
     "wrong columns": (second_row({"text": "a", "label": 1}), "row 2: needs a `prompt`", "text, label"),
     "messages for a question": (second_row({"prompt": [{"role": "user"}]}), "row 2: `prompt` must be a text"),
@@ -416,7 +417,7 @@ def damaged(which, damage):
         (dict(steps=9, seed=7), None, ["--steps was 4, now 9", "--seed was 0, now 7"]),
         (dict(data="gone.jsonl"), None, ["--data was"]),
         (dict(eval_k=0), None, ["--eval_k is 0"]),
-        ({}, damaged("data", halve), ["not JSON"]),
+        ({}, damaged("data", halve), ["JSONDecodeError"]),
         ({}, damaged("teacher", lambda path: (path / "config.json").unlink()), ["no config.json"]),
         ({}, damaged("state-2/*.distcp", halve), ["state-2 is damaged", "to start afresh"]),
         ({}, damaged("state-2/*.distcp", Path.unlink), ["state-2 is damaged", "to start afresh"]),
@@ -461,7 +462,7 @@ def test_status_and_stderr(world, tmp_path):
     (tmp_path / "a.jsonl").write_text("not JSON")
     arguments = argv({**world, "data": tmp_path / "a.jsonl", "out_dir": tmp_path / "run"})
     commands = {
-        "a.jsonl, line 1: not JSON": ["opd.py", *arguments],
+        "a.jsonl, line 1'; give a sound": ["opd.py", *arguments],
         "unrecognized arguments: --stepz": ["sft_offpolicy.py", "--stepz", "3"],
     }
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)

@@ -195,8 +195,7 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
 @pytest.mark.parametrize("gpu, able, real", list(itertools.product([True, False], repeat=3)))
 def test_auto_is_bf16_on_a_gpu_and_for_real_models_on_processors_made_for_it(gpu, able, real, world, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able)
     assert models.is_toy(transformers.AutoConfig.from_pretrained(world["student"]))
     assert not models.is_toy(transformers.Qwen3Config())
     monkeypatch.setattr(models, "is_toy", lambda config: not real)
