@@ -2,8 +2,8 @@
 
     python bench/operators.py opd --recipe recipes/laptop.txt --eval_data none --steps 3 --out_dir runs/operators
 
-All but the first word are the script's own arguments. The last step but one is profiled: what comes first is set up, and
-the last one is followed by saving. Printed: every operator that takes more than 1 % of the step, and on which shapes.
+All but the first word are the script's own arguments. The last step but one is profiled: the first ones set things up,
+and the last one is followed by saving. Printed: operators that take more than 1 % of the step, and on which shapes.
 """
 
 import importlib
@@ -37,7 +37,8 @@ def report(profiler):
     on = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     operators, by_shape = profiler.key_averages(), profiler.key_averages(group_by_input_shape=True)
     total = sum(getattr(operator, on) for operator in operators)
-    print(f"\n{total / 1e6:.1f} s in all\n\n| operator | share | the largest shares, their calls and shapes |\n|---|---|---|")
+    print(f"\n{total / 1e6:.1f} s in all\n")
+    print("| operator | share | the largest parts: share, calls, shapes |\n|---|---|---|")
     for operator in sorted(operators, key=lambda x: -getattr(x, on)):
         if (share := getattr(operator, on) / total) > 0.01:
             parts = sorted((x for x in by_shape if x.key == operator.key), key=lambda x: -getattr(x, on))[:3]

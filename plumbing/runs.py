@@ -398,7 +398,7 @@ def _check_out_dir(args):
 
 
 def write_file(directory, name, content):
-    """Write a whole file or leave the old one: never half of it. content: a text, rows for JSONL, or a dict for JSON."""
+    """Write a whole file, or leave the old one. content: a text, a list of rows for JSONL, or a dict for JSON."""
     path = os.path.join(directory, name)
     if isinstance(content, list):
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
@@ -449,7 +449,8 @@ def in_words(m, args):
 class Store:
     """A teacher's responses on disk, by (row of the data, sample), one JSON line each. They lie beside out_dir, in
     teacher_rollouts/, in a file named by a hash of all that they depend on: the teacher's weights, the prompts' token
-    ids, the end tokens, the seed and the sampling arguments. Whatever changes, the name does too: none is ever stale."""
+    ids, the end tokens, the seed and the sampling arguments. Whatever changes, the name does too: none is ever stale.
+    Runs that go on side by side do not see what the other adds."""
 
     def __init__(self, teacher, run, sampling):
         # An exact checksum of the weights, whatever the order of summation and however they are sharded.

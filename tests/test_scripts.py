@@ -14,6 +14,7 @@ import torch
 import transformers
 from conftest import DISTILLATION, ROOT, SCRIPTS, argv, arguments_of, even_length, make_checkpoint, read_log, run
 
+from plumbing import fast
 from plumbing.runs import Run
 
 CORNERS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd"]
@@ -94,7 +95,8 @@ def test_a_run_leaves_what_its_contract_says(script, estimator, world, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
     assert tokenizer.chat_template and model.config.vocab_size == len(tokenizer)
-    assert json.loads((tmp_path / "run/args.json").read_text())["estimator"] == estimator
+    saved = json.loads((tmp_path / "run/args.json").read_text())
+    assert (saved["estimator"], saved["ends"]) == (estimator, "apart")
     assert (tmp_path / "run/curves.png").stat().st_size > 1000
     assert not list((tmp_path / "run").glob("state*"))
 
@@ -119,6 +121,14 @@ def test_null_student_equal_to_teacher_has_nothing_to_learn(script, ends, world,
     assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-4 for row in read_log(tmp_path / "run")[1:2])
 
 
+def batches_of_rows(monkeypatch):
+    """-> a list that will hold how many rows were sampled at once, each time."""
+    rows, init = [], fast.GrowingCache.__init__
+    spy = lambda self, model, start: rows.append(len(start.ids)) or init(self, model, start)  # noqa: E731
+    monkeypatch.setattr(fast.GrowingCache, "__init__", spy)
+    return rows
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_batches_of_any_size_do_not_change_a_run(script, world, tmp_path, monkeypatch):
     """Weights are mask / tokens of the *global* batch, not means of means: with responses of different lengths the
@@ -127,10 +137,13 @@ def test_batches_of_any_size_do_not_change_a_run(script, world, tmp_path, monkey
     if script == "grpo":
         monkeypatch.setattr(importlib.import_module(script), "grade", even_length)
     more = dict(steps=1, estimator="sampled", max_new_tokens=30, lengths="30", held_out=3, batch_size=8)
+    more["eval_batch_size"] = 3
     for size in (1, 4):
+        rows = batches_of_rows(monkeypatch)
         sizes = dict(micro_batch_size=size, rollout_batch_size=(size + 2) % 6)
         run(script, **arguments_of(script, world, **more, **sizes), out_dir=tmp_path / str(size))
         logs.append(read_log(tmp_path / str(size))[1])
+        assert max(rows) == (3 if size == 1 else 2 * 8 if script == "grpo" else 8), "as many at once as was asked for"
     for key in ("loss", "grad_norm", "entropy"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-5)
     assert logs[0]["response_len"] == logs[1]["response_len"]

@@ -341,7 +341,8 @@ def test_an_edited_script_is_another_run_and_a_comment_is_not(world, tmp_path, m
     before = contents(tmp_path / "run")
     mine = sibling(tmp_path, monkeypatch, ("# (3) Loss", "# (3) The loss"), ('"""On-policy', '"""A copy of on-policy'))
     with pytest.raises(SystemExit) as end:
-        mine.main(mine.Args(**arguments | {"micro_batch_size": 1, "rollout_batch_size": 2, "save_every": 7}))  # which change no result
+        free = {"micro_batch_size": 1, "rollout_batch_size": 2, "save_every": 7}  # which change no result
+        mine.main(mine.Args(**arguments | free))
     assert end.value.code == 0 and "finished" in capsys.readouterr().out
     assert contents(tmp_path / "run") == before
     for edit in (("reverse_kl, student,", "forward_kl, student,"), ('student: str = "toy/student"', 'student: str = "toy"')):

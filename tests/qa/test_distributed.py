@@ -16,6 +16,8 @@ import transformers
 from conftest import ROOT, SCRIPTS, arguments_of, even_length, make_checkpoint, read_log, run
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from plumbing import processes
+
 WORKER = str(ROOT / "tests/qa/distributed_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -139,6 +141,12 @@ def test_a_failing_process_ends_the_job_and_its_state_resumes_under_one_and_four
     whole, *models = (weights(path / "model") for path in (tmp_path / "whole", cut, four))
     for name, weight in whole.items():
         assert all(torch.allclose(weight, other[name], atol=2e-3) for other in models)
+
+
+def test_attention_by_cudnn_is_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    processes.start_processes()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_bad_input_is_reported_by_one_process(arguments, tmp_path):

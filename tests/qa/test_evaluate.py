@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import arguments_of, read_log, run, write_jsonl
+from matplotlib.axes import Axes
 
 import compare
 from common import summarize
@@ -102,6 +103,13 @@ def test_answers_without_a_mark_are_wrong_said_so_and_can_be_read_all_the_same(w
         assert (numbers[1], numbers[5]) == (share, 0.0)
         assert "only 0% of the responses mark an answer" in out and "--instruction" in out
         assert ("by their last number" in out) == (grading == "last_number")
+
+
+def test_curves_show_what_the_log_has(finished, tmp_path, monkeypatch):
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *a, label, **more: drawn.append(label) or plot(*a, label=label, **more))
+    runs_module.draw_curves(shutil.copytree(finished / "seed-0", tmp_path / "run"))
+    assert drawn == ["loss", "entropy", "eval_entropy", "response_len", "eval_len", "avg_at_k", "pass_at_k"]
 
 
 def test_compare_draws_any_runs_together(finished, tmp_path, capsys):
