@@ -26,7 +26,7 @@ Run it.
     python dagger_onpolicy.py                                              CPU, the embedded toy: under a minute
     python dagger_onpolicy.py --recipe recipes/qwen3-4b.txt --out_dir DIR  Qwen3, one GPU; not run by us
     torchrun --nproc_per_node 4 dagger_onpolicy.py ...                     the same run on several GPUs
-The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
+The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, responses, curves, model/.
 """
 
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Args:  # behind each argument: its --help text, with the bounds that plumb
     seed: int = 0  # of everything random; >= 0
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: all but the student's weights; auto: where it is fast
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: teacher, and the student's products; auto: where it is fast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
     teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 

@@ -20,7 +20,7 @@ Run it.
     python grpo.py --student runs/opd/model --out_dir runs/opd-grpo    after distillation
     python grpo.py --recipe recipes/qwen3-grpo.txt --out_dir DIR       Qwen3, one GPU; not run by us
     torchrun --nproc_per_node 4 grpo.py ...                            the same run on several GPUs
-The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, curves.png, model/.
+The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, responses, curves, model/.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """A real pair, from weights to tables: every objective trains Qwen2.5-Coder 0.5B on its 1.5B, and what each did to it.
 
-    python docs/real_pair.py                                     two hours and more on two cores that multiply bf16
+    python docs/real_pair.py                                     two hours and more on two cores with AMX
     python docs/real_pair.py --student FOLDER --teacher FOLDER --data FILE --eval_data FILE
 
 Every run is an ordinary run of an ordinary script with recipes/laptop.txt; what is finished is not repeated, so the
