@@ -80,7 +80,7 @@ class Args:  # behind each argument: its --help text, with the bounds that plumb
     seed: int = 0  # of everything random; >= 0
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: teacher, and the student's products; auto: where it is fast
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: teacher, student's products; auto: where it is fast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
     teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 

@@ -153,5 +153,5 @@ def test_bad_input_is_reported_by_one_process(arguments, tmp_path):
     job = arguments["tied"] | {"out_dir": str(tmp_path / "run"), "data": "no-such-file.jsonl"}
     ended = finish(start(2, [("opd", job)], tmp_path))
     assert all(code == 1 for code, _ in ended)
-    assert sum(text.count("no data file 'no-such-file.jsonl'") for _, text in ended) == 1
+    assert sum(text.count("cannot load 'no-such-file.jsonl'") for _, text in ended) == 1
     assert not (tmp_path / "run").exists()
