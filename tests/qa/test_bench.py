@@ -3,16 +3,14 @@
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, argv, arguments_of, make_checkpoint
+from conftest import ROOT, arguments_of, make_checkpoint, run
 
 import opd
-from bench import bench, precision
+from bench import bench, operators, precision
 from plumbing import runs
 
 PHASES = {"rollout", "teacher", "student", "update"}
@@ -180,10 +178,10 @@ def test_what_bf16_does_is_measured_against_fp32(world, capsys):
         assert errors[kl, "fp32"] == 0 < errors[kl, "teacher only"] < errors[kl, "as trained"] < 10
 
 
-def test_a_step_of_a_script_is_taken_apart(world, tmp_path):
-    words = argv(arguments_of("opd", world, steps=2, eval_data="none", out_dir=tmp_path / "run"))
-    command = [sys.executable, "bench/operators.py", "opd", *words]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_a_step_of_a_script_is_taken_apart(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs.Run, "steps", operators.profiled(runs.Run.steps))
+    run("opd", **arguments_of("opd", world, steps=2, eval_data="none"), out_dir=tmp_path / "run")
+    printed = capsys.readouterr().out
     shares = [float(share) for share in re.findall(r"^\| `\w+::\w+` \| ([\d.]+)%", printed, re.M)]
     assert "`aten::mm`" in printed and 40 < sum(shares) <= 100
 
