@@ -106,7 +106,7 @@ def _generation_end(path):
 
 def resolve_precision(args):
     """What --precision auto stands for here: bf16 on a GPU; on a CPU for models of more than 10 million parameters, if
-    the processor has AMX (on others bf16 is slower than fp32: bench/README.md)."""
+    the processor has AMX (without it, products in bf16 were slower than in fp32: bench/README.md)."""
     if args.precision != "auto":
         return args.precision
     amx = torch.cpu._is_amx_tile_supported()

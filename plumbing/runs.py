@@ -121,8 +121,10 @@ def _check_estimator(args):
     script = sys.modules[type(args).__module__]
     if getattr(args, "estimator", "exact") == "exact" or not hasattr(script, "main"):
         return
-    for name in re.findall(r"(?:weighted_kl|partial)\(\s*(\w+),", inspect.getsource(script.main)):
-        divergence = getattr(script, name, None)  # None: made in main itself
+    source = inspect.getsource(script.main)
+    for name in re.findall(r"weighted_kl\(\s*(?:partial\(\s*)?(\w+),", source):
+        name = (re.findall(rf"\b{name} = partial\(\s*(\w+),", source) or [name])[0]
+        divergence = getattr(script, name, None)  # None: chosen in main itself
         if divergence and "u" not in inspect.signature(divergence).parameters:
             refuse(f"--estimator is {args.estimator!r}, but {name} has no argument `u` to sample by: use exact")
 

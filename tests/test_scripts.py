@@ -121,26 +121,18 @@ def test_null_student_equal_to_teacher_has_nothing_to_learn(script, ends, world,
     assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-4 for row in read_log(tmp_path / "run")[1:2])
 
 
-def batches_of_rows(monkeypatch):
-    """-> a list that will hold how many rows were sampled at once, each time."""
-    rows, init = [], fast.GrowingCache.__init__
-    spy = lambda self, model, start: rows.append(len(start.ids)) or init(self, model, start)  # noqa: E731
-    monkeypatch.setattr(fast.GrowingCache, "__init__", spy)
-    return rows
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_batches_of_any_size_do_not_change_a_run(script, world, tmp_path, monkeypatch):
     """Weights are mask / tokens of the *global* batch, not means of means: with responses of different lengths the
     two differ. And random numbers belong to rows, not to batches."""
-    logs = []
+    logs, rows, init = [], [], fast.GrowingCache.__init__
+    spy = lambda self, model, start: rows.append(len(start.ids)) or init(self, model, start)  # noqa: E731
+    monkeypatch.setattr(fast.GrowingCache, "__init__", spy)
     if script == "grpo":
         monkeypatch.setattr(importlib.import_module(script), "grade", even_length)
     more = dict(steps=1, estimator="sampled", max_new_tokens=30, lengths="30", held_out=3, batch_size=8)
-    more["eval_batch_size"] = 3
     for size in (1, 4):
-        rows = batches_of_rows(monkeypatch)
-        sizes = dict(micro_batch_size=size, rollout_batch_size=(size + 2) % 6)
+        sizes = dict(micro_batch_size=size, rollout_batch_size=(size + 2) % 6, eval_batch_size=3)
         run(script, **arguments_of(script, world, **more, **sizes), out_dir=tmp_path / str(size))
         logs.append(read_log(tmp_path / str(size))[1])
         assert size != 1 or max(rows) == 3, "as many at once as was asked for"

@@ -49,8 +49,9 @@ def plan(args, world):
         "opd-sampled-as_one": ("opd", base | dict(estimator="sampled", ends="as_one")),
         **{f"grpo-after-{name}": ("grpo", rl | dict(student=name)) for name in ("opd", "opd-short", "dagger_onpolicy")},
     }
+    # Evaluation takes its time and changes nothing: on its way only a run whose course is drawn, or read at equal FLOPs
     drawn = {run for _, panels, lines in figures(args).values() if panels[0][0] == "step" for *_, run in lines}
-    every = lambda name, steps: max(1, steps // 3) if name in drawn else steps  # noqa: E731  evaluation takes its time
+    every = lambda name, steps: max(1, steps // 3) if name in drawn else steps  # noqa: E731
     return {name: (script, its | dict(eval_every=every(name, its["steps"]))) for name, (script, its) in runs.items()}
 
 

@@ -324,9 +324,13 @@ def test_a_divergence_that_cannot_be_sampled(world, tmp_path, monkeypatch, loade
         "    return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2\n\n\n"
     )
     head = "from functools import partial\n\n\n@dataclass\nclass Args"
-    for call in ("partial(total_variation, lam=0.2), student,", "total_variation, student,"):
-        edits = ("reverse_kl, student,", call), ("@dataclass\nclass Args", plain + head)
-        mine = sibling(tmp_path, monkeypatch, *edits)
+    call = "micro_loss, micro_entropy = weighted_kl(\n                reverse_kl,"
+    unrelated = sibling(tmp_path, monkeypatch, (call, "more = partial(sample, student)\n            " + call))
+    runs.check_args(unrelated.Args(estimator="sampled"))
+    named = "kl = partial(total_variation, lam=0.2)\n            " + call.replace("reverse_kl", "kl")
+    direct = (call.replace("reverse_kl", kl) for kl in ("partial(total_variation, lam=0.2)", "total_variation"))
+    for edit in (named, *direct):
+        mine = sibling(tmp_path, monkeypatch, (call, edit), ("@dataclass\nclass Args", plain + head))
         arguments = world | {"out_dir": str(tmp_path / "run")}
         line = refusal(mine, arguments | {"estimator": "sampled"})
         assert "total_variation has no argument `u`" in line and not loaded

@@ -23,9 +23,14 @@ from plumbing.models import Vocab, autocast
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
-processes.start_processes()  # which kind of attention every script turns off
 PROMPTS = [tuple(range(3, 7 + n % 9)) for n in range(64)]
 KEYS = [(0, 1, i) for i in range(64)]
+
+
+@pytest.fixture(autouse=True)
+def as_in_every_script():
+    """Without cuDNN's attention."""
+    processes.start_processes()
 
 
 def toy(role="student", device="cuda"):
