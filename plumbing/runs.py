@@ -9,6 +9,7 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -360,14 +361,18 @@ def release_memory():
 
 def _code(args):
     """{file: a hash of its syntax tree} of the script and of what it shares. Comments and docstrings do not count."""
-    here, code = Path(__file__).resolve().parent, {}
-    for path in [Path(inspect.getfile(type(args))), here.parent / "common.py", *sorted(here.glob("*.py"))]:
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                del node.body[0]
-        code[path.name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-    return code
+    here = Path(__file__).resolve().parent
+    paths = [Path(inspect.getfile(type(args))), here.parent / "common.py", *sorted(here.glob("*.py"))]
+    return {path.name: _hash(path.read_text()) for path in paths}
+
+
+@functools.cache
+def _hash(source):
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
 def _check_out_dir(args):

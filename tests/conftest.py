@@ -18,7 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
 
+from plumbing import runs  # noqa: E402
 from plumbing.runs import parse  # noqa: E402
+
+# Drawing takes longer than all else in runs of this size. What looks at curves.png asks for the fixture `curves`.
+draw_curves, runs.draw_curves = runs.draw_curves, lambda out_dir: None
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -128,6 +132,11 @@ def read_log(out_dir, times=False):
     """log.jsonl as a list of dicts, without what depends on the clock."""
     rows = [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text().splitlines()]
     return rows if times else [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in rows]
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    monkeypatch.setattr(runs, "draw_curves", draw_curves)
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,6 @@ def test_a_run_leaves_what_its_contract_says(script, estimator, world, tmp_path)
     assert tokenizer.chat_template and model.config.vocab_size == len(tokenizer)
     saved = json.loads((tmp_path / "run/args.json").read_text())
     assert (saved["estimator"], saved["ends"]) == (estimator, "apart")
-    assert (tmp_path / "run/curves.png").stat().st_size > 1000
     assert not list((tmp_path / "run").glob("state*"))
 
 

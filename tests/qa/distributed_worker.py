@@ -2,7 +2,8 @@
 
 python distributed_worker.py JSON, a list of [script, arguments]. With "sgd" among the arguments the optimizer is
 plain SGD: AdamW turns a difference of 5e-9 in a gradient into one of 3e-5 in a weight, SGD keeps it what it is.
-With SICK_AT=n in the environment, process 1 fails when it begins to sample for step n.
+With SICK_AT=n in the environment, process 1 fails when it begins to sample for step n. Nothing may run a sharded model's
+LM head: sampler and loss multiply by its matrix themselves, at the positions that they need.
 """
 
 import importlib
@@ -18,6 +19,7 @@ import torch
 import opd  # noqa: F401  all that the scripts import, once, before the process is forked
 from conftest import even_length, run
 from plumbing.processes import rank_and_world
+from plumbing.runs import Run
 
 ADAMW = torch.optim.AdamW
 
@@ -26,8 +28,15 @@ def sgd(params, lr, **others):
     return torch.optim.SGD(params, lr=lr)
 
 
+def load_without_head(*args, load=Run.load, **kwargs):
+    model = load(*args, **kwargs)
+    model.get_output_embeddings().forward = None
+    return model
+
+
 def work(jobs):
     torch.set_num_threads(1)
+    Run.load = load_without_head
     for script, arguments in jobs:
         module = importlib.import_module(script)
         torch.optim.AdamW = sgd if arguments.pop("sgd", 0) else ADAMW
@@ -47,7 +56,7 @@ def work(jobs):
 
 def work_forked(environment, jobs, log):
     """The same in a process that has been forked, where all is imported already; its output goes to the file log."""
-    os.environ.update(environment)
+    os.environ.update({name: str(value) for name, value in environment.items()})
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

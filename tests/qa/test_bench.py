@@ -38,7 +38,7 @@ def pair(tmp_path_factory):
 
 def test_our_side_prints_a_table_and_writes_its_measurements(capsys, tmp_path):
     out = tmp_path / "measured.jsonl"
-    bench.main(bench.Case("toy", device="cpu", contestants="ours", repeats=1, steps=2, out=str(out)))
+    bench.main(bench.Case("toy", device="cpu", contestants="ours", max_new_tokens=8, repeats=1, steps=2, out=str(out)))
     printed = capsys.readouterr().out
     assert "preset='toy', vocab=256, student='128x2', teacher='256x4', batch_size=16, prompt_len=32" in printed
     assert "precision='fp32'" in printed

@@ -166,7 +166,7 @@ def test_the_surrogate_is_its_definition_and_its_gradient_that_of_finite_differe
 
 def test_grpo_reinforces_what_was_better_than_its_group(world, tmp_path, monkeypatch):
     """With a reward for texts of even length the reward rises; with equal rewards nothing moves, and nothing is NaN."""
-    arguments = arguments_of("grpo", world, group_size=8, steps=40, eval_every=0, lr=1e-2)
+    arguments = arguments_of("grpo", world, group_size=8, steps=24, eval_every=0, lr=1e-2)
     monkeypatch.setattr(grpo, "grade", even_length)
     run("grpo", **arguments, out_dir=tmp_path / "run")
     rewards = [row["reward"] for row in read_log(tmp_path / "run")[1:]]

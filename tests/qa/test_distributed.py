@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import distributed_worker
 import pytest
@@ -19,7 +18,6 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from plumbing import processes
 
 WORKER = str(ROOT / "tests/qa/distributed_worker.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 # Importing torch and transformers is most of what a short-lived process does: import them once, then fork.
@@ -29,12 +27,13 @@ FORK.set_forkserver_preload(["distributed_worker"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/qa"), str(ROOT / "tests")])
 
 
-def start(world, jobs, tmp_path):
+def start(world, jobs, tmp_path, nodes=1):
     """The worker in `world` processes, with the environment that torchrun gives them. -> [(process, its log file)]"""
     port, started = str(get_free_port()), []
-    for rank in map(str, range(world)):
+    for rank in range(world):
         log = tmp_path / f"{world}-{port}-{rank}.log"
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        of_group = dict(WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        environment = of_group | dict(RANK=rank, LOCAL_RANK=rank % (world // nodes))
         process = FORK.Process(target=distributed_worker.work_forked, args=(environment, jobs, log))
         process.start()
         started.append((process, log))
@@ -86,20 +85,7 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
             run(script, **job)
     succeed(two)
     succeed(start(4, jobs("4", [("opd", "tied"), ("opd", "untied")], sgd=True), tmp_path))
-    # Two nodes of one process each, by two torchruns that meet on the loopback device.
-    (job,) = jobs("nodes", [("opd", "tied")], sgd=True)
-    options = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(get_free_port())]
-    with open(tmp_path / "nodes.log", "w+") as log:
-        nodes = [
-            subprocess.Popen([*TORCHRUN, *options, "--node_rank", n, WORKER, json.dumps([job])], stdout=log, stderr=log)
-            for n in "01"
-        ]
-        deadline = time.time() + 200
-        while time.time() < deadline and not (tmp_path / "nodes/opd-tied/run/model").exists():
-            time.sleep(0.1)
-        for node in nodes:  # done or not: a torchrun may wait for minutes for one that has already left
-            node.terminate()
-            node.wait()
+    succeed(start(2, jobs("nodes", [("opd", "tied")], sgd=True), tmp_path, nodes=2))
 
     compared = 0
     for path in sorted((tmp_path / "1").glob("*-*")):
@@ -124,12 +110,14 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
 def test_a_failing_process_ends_the_job_and_its_state_resumes_under_one_and_four(arguments, tmp_path):
     """Process 1 of 2 fails in step 4: its error is in one place, and the job can be continued by any number."""
     job = arguments["tied"] | dict(steps=5, save_every=2, eval_every=0)
-    run("opd", **job, out_dir=tmp_path / "whole")
     cut, four = tmp_path / "cut-1", tmp_path / "cut-4"
     jobs = json.dumps([("opd", job | {"out_dir": str(cut)})])
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", WORKER, jobs]
-    sick = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SICK_AT": "4"}, timeout=240)
-    assert sick.returncode != 0 and sick.stderr.count("RuntimeError: process 1 is ill") == 1
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", WORKER, jobs]
+    environment = os.environ | {"SICK_AT": "4"}
+    sick = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    run("opd", **job, out_dir=tmp_path / "whole")
+    _, errors = sick.communicate(timeout=240)
+    assert sick.returncode != 0 and errors.count("RuntimeError: process 1 is ill") == 1
     assert [row["step"] for row in read_log(cut)] == [0, 1, 2, 3] and (cut / "state-2").exists()
     shutil.copytree(cut, four)
     many = start(4, [("opd", job | {"out_dir": str(four)})], tmp_path)
@@ -147,6 +135,18 @@ def test_attention_by_cudnn_is_off():
     torch.backends.cuda.enable_cudnn_sdp(True)
     processes.start_processes()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_process_takes_the_gpu_of_its_own_before_it_meets_the_others(monkeypatch):
+    """Else all of a node's would put what NCCL needs on the first one. RANK says who it is among all nodes' processes."""
+    done, device = [], torch.device("cuda", 1)
+    monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(device))
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda kind, **options: done.append((kind, options)))
+    monkeypatch.setattr(processes.atexit, "register", lambda function: None)
+    processes.start_processes()
+    assert done == [device, ("nccl", {"device_id": device})]
 
 
 def test_bad_input_is_reported_by_one_process(arguments, tmp_path):

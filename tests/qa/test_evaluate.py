@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import arguments_of, read_log, run, write_jsonl
+from conftest import arguments_of, draw_curves, read_log, run, write_jsonl
 from matplotlib.axes import Axes
 
 import compare
 from common import summarize
-from plumbing import runs as runs_module
 from plumbing.runs import parse, pool, read_lines
 from plumbing.tasks import load_evals
 from toy import findings
@@ -108,7 +107,7 @@ def test_answers_without_a_mark_are_wrong_said_so_and_can_be_read_all_the_same(w
 def test_curves_show_what_the_log_has(finished, tmp_path, monkeypatch):
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda *a, label, **more: drawn.append(label) or plot(*a, label=label, **more))
-    runs_module.draw_curves(shutil.copytree(finished / "seed-0", tmp_path / "run"))
+    draw_curves(shutil.copytree(finished / "seed-0", tmp_path / "run"))
     assert drawn == ["loss", "entropy", "eval_entropy", "response_len", "eval_len", "avg_at_k", "pass_at_k"]
 
 
@@ -153,7 +152,6 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     monkeypatch.setattr(findings, "plan", plan)
     monkeypatch.setattr(findings, "make_variants", lambda world, out_dir: None)
     monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", lambda *args, **options: InProcess())
-    monkeypatch.setattr(runs_module, "draw_curves", lambda out_dir: None)  # half of the time of such small runs
     argv = f"--out_dir {tmp_path} --worlds toy --seeds 1 --steps 4 --rl_steps 1 --short 2 --length 9"
     args = parse(compare.Args, argv.split())
     compare.main(args)

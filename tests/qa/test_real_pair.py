@@ -1,7 +1,8 @@
 """docs/real_pair.py in small: the toy's models in place of the real ones."""
 
+import importlib
 import json
-import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +60,24 @@ def test_kls_by_token_are_those_of_the_loss(real_pair):
 def test_the_whole_command_in_small(real_pair, monkeypatch, capsys):
     runs = {"opd-seed-0": ("opd", 0, {}), "mix-seed-1": ("kl_mix", 1, real_pair.FEW | {"lam": 0.2})}
     monkeypatch.setattr(real_pair, "RUNS", runs)
-    run, samplers, evaluations = subprocess.run, [], []
+    samplers, evaluations = [], []
 
     def watched_sample(model, *args, **options):
         samplers.append(model.config.hidden_size)
         return sample(model, *args, **options)
 
-    def watched_run(words, **options):
-        if Path(words[1]).name == "evaluate.py":
-            evaluations.append(parse(evaluate.Args, [str(word) for word in words[2:]]))
-        return run(words, **options)
+    def run_here(words, check):
+        """What the command would do; a process of its own would import torch anew for seconds."""
+        python, script, *argv = map(str, words)
+        assert python == sys.executable and Path(script).parent == ROOT and check
+        script = importlib.import_module(Path(script).stem)
+        args = parse(script.Args, argv)
+        if script == evaluate:
+            evaluations.append(args)
+        script.main(args)
 
     monkeypatch.setattr(real_pair, "sample", watched_sample)
-    monkeypatch.setattr(real_pair.subprocess, "run", watched_run)
+    monkeypatch.setattr(real_pair.subprocess, "run", run_here)
     real_pair.main(toy(real_pair))
     sizes = [AutoConfig.from_pretrained(ROOT / "toy" / name).hidden_size for name in ("teacher", "student")]
     assert samplers == sizes * 3 and sizes[0] > sizes[1]  # the teacher's prefixes are by the teacher
