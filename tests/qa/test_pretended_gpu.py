@@ -1,0 +1,96 @@
+"""The path that only a GPU takes, on a pretended one (pretend_gpu.py): what would crash there crashes here."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from conftest import SCRIPTS, arguments_of, even_length, read_log, run
+from pretend_gpu import Graph, pretended, record
+from test_reliability import Killed, die_at
+from test_sampling import any_model, many  # noqa: F401  a fixture
+
+from common import sample
+from plumbing import fast, models
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(models, "device_here", lambda: GPU)
+    monkeypatch.setattr(fast.FixedCache, "block", 8)
+    with pretended(monkeypatch) as gpu:
+        yield gpu
+
+
+def test_a_recorded_step_draws_what_a_cpu_draws_and_waits_for_nothing(any_model, gpu, monkeypatch):  # noqa: F811
+    """Rows end, the cache grows and moves to fewer rows; after either the step is recorded anew."""
+    waits, step = [], fast.FixedCache.step
+
+    def counted(self, y=None):
+        before = gpu.waits
+        hidden = step(self, y)
+        waits.append(gpu.waits - before if self.graph else 0)
+        return hidden
+
+    monkeypatch.setattr(fast.FixedCache, "step", counted)
+    prompts, keys, vocab = many(any_model)
+    expected = sample(any_model, prompts, keys, vocab, 30, cache="growing")
+    found = sample(copy.deepcopy(any_model).to(GPU), prompts, keys, vocab, 30)
+    assert found.ids.device == GPU and found.responses() == expected.responses()
+    assert gpu.replays > 12 and sum(waits) == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_trains_and_is_saved(script, world, tmp_path, gpu, monkeypatch):
+    if script == "grpo":
+        monkeypatch.setattr(importlib.import_module(script), "grade", even_length)
+    options = dict(steps=1, precision="bf16", gradient_checkpointing=True, lengths="12", ends="as_one")
+    arguments = arguments_of(script, world, **options, estimator="sampled", max_new_tokens=12)
+    run(script, **arguments, out_dir=tmp_path / "run")
+    rows = read_log(tmp_path / "run")
+    assert gpu.replays > 4 and all(row["grad_norm"] > 0 for row in rows[1:])
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+STEPS_OF_12_TOKENS = dict(max_new_tokens=12, precision="fp32", save_every=1)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(world, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("cpu")
+    run("opd", **world | STEPS_OF_12_TOKENS, out_dir=out_dir)
+    return read_log(out_dir)
+
+
+@pytest.mark.parametrize("teacher_device", ["", "cpu", "cuda:1"])
+def test_a_run_is_a_cpu_s_wherever_its_teacher_is_and_goes_on(teacher_device, on_cpu, world, tmp_path, gpu, monkeypatch):
+    arguments = world | STEPS_OF_12_TOKENS | dict(teacher_device=teacher_device, out_dir=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, torch.nn.utils, "clip_grad_norm_", 3, before=True)
+        run("opd", **arguments)
+    run("opd", **arguments)
+    for row, expected in zip(read_log(tmp_path), on_cpu, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+    assert gpu.replays > 10
+
+
+def test_what_a_gpu_refuses_is_refused(gpu):
+    a, graph = torch.zeros(3, device=GPU), Graph()
+    for wrong in (lambda: a + torch.ones(3), lambda: a + a.to("cuda:1"), lambda: torch.stack([a, torch.ones(3)])):
+        with pytest.raises(RuntimeError, match="operands on"):
+            wrong()
+    with pytest.raises(TypeError, match="numpy"):
+        a.numpy()
+    for wrong in (lambda: a.sum().item(), lambda: a[a > 0], lambda: a.copy_(torch.ones(3)), a.cpu, lambda: bool(a[0])):
+        with pytest.raises(RuntimeError, match="while a graph is recorded"), record(Graph(), None):
+            wrong()
+    with record(graph, None):
+        b = 2 * a.add_(1)
+    assert a.tolist() == [0, 0, 0], "a recording runs nothing"
+    graph.replay()
+    graph.replay()
+    assert a.tolist() == [2, 2, 2] and b.tolist() == [4, 4, 4]
+    c = a + 1
+    assert c.device == GPU and c.cpu().device.type == "cpu" and (c + torch.tensor(1.0)).tolist() == [4, 4, 4]
