@@ -225,7 +225,8 @@ class _FixedLayer(transformers.cache_utils.StaticLayer):
 
 class FixedCache:
     """Decode with a KV cache whose shapes and addresses stay the same for many steps, so that on a GPU one step can be
-    recorded as a CUDA graph and replayed: launching 28 layers from Python takes several times as long as running them.
+    recorded as a CUDA graph and replayed: launching 28 layers from Python is said to take several times as long as
+    running them.
 
     The cache grows by a block of columns when it is full, and moves to fewer rows when half of them have ended; after
     either, the step is recorded anew. So a long response does not make all others wait at full width.

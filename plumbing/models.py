@@ -105,13 +105,15 @@ def _generation_end(path):
 
 
 def resolve_precision(args):
-    """What --precision auto stands for here: bf16 on a GPU; on a CPU for models of more than 10 million parameters, if
-    the processor has AMX (without it, products in bf16 were slower than in fp32: bench/README.md)."""
+    """What --precision auto stands for here: bf16 on a GPU that computes in it; on a CPU for models of more than 10
+    million parameters, if it has AMX (without it, products in bf16 were slower than in fp32: bench/README.md)."""
     if args.precision != "auto":
         return args.precision
-    amx = torch.cpu._is_amx_tile_supported()
-    path = args.student if hasattr(args, "student") else args.model
-    return "bf16" if torch.cuda.is_available() or (amx and not is_toy(_load_config(path, "student"))) else "fp32"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    role = "student" if hasattr(args, "student") else "model"
+    fast = torch.cpu._is_amx_tile_supported() and not is_toy(_load_config(getattr(args, role), role))
+    return "bf16" if fast else "fp32"
 
 
 def is_toy(config):

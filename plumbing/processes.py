@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 def start_processes():
     """Join the other processes, if torchrun has started several."""
     warnings.filterwarnings("ignore", module="torch.distributed")
-    # cuDNN's attention has given NaN gradients on H100s (pytorch#196678), and plans anew, for 0.4 s, for every shape.
+    # cuDNN's attention is reported to give NaN gradients on H100s (pytorch#196678), and to plan anew for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         on_gpu = torch.cuda.is_available()

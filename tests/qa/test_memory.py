@@ -4,6 +4,7 @@ Weights and cache are counted from the published shapes; activations from what a
 pass of the very model at full size, on fake tensors, which have shapes and types and no memory.
 """
 
+import importlib
 import re
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from plumbing import runs
 from plumbing.models import load_model
 from plumbing.processes import layers
 from plumbing.runs import parse
-
 
 
 def config(name):
@@ -149,5 +149,10 @@ def test_readme_says_what_the_recipes_need():
     ]
     rows = re.findall(r"^\| (\w+)[^|]* \|((?: [\d.]+ \|){4})$", (ROOT / "docs" / "real_models.md").read_text(), re.M)
     found = {name: [float(n) for n in numbers.split("|")[:-1]] for name, numbers in rows}
+    grpo = parse(importlib.import_module("grpo").Args, ["--recipe", str(ROOT / "recipes/qwen3-grpo.txt")])
+    cache = cache_bytes(config("0.6B"), grpo.rollout_batch_size, 128 + grpo.max_new_tokens)
+    said = f"needs more, {(columns[0]['student'] + columns[0]['copies'] + cache) / 1e9:.1f}"
+    text = " ".join((ROOT / "docs" / "real_models.md").read_text().split())
+    assert said in text and f"64 responses of 4,096 tokens at a time, whose cache takes {cache / 1e9:.1f}" in text
     for part in columns[0]:
         assert found[part] == pytest.approx([column[part] / 1e9 for column in columns], abs=0.06), part

@@ -12,6 +12,7 @@ from test_sampling import any_model, many  # noqa: F401  a fixture
 
 from common import sample
 from plumbing import fast, models
+from plumbing.runs import Run
 
 GPU = torch.device("cuda", 0)
 
@@ -44,6 +45,8 @@ def test_a_recorded_step_draws_what_a_cpu_draws_and_waits_for_nothing(any_model,
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_trains_and_is_saved(script, world, tmp_path, gpu, monkeypatch):
+    loaded, load = [], Run.load
+    monkeypatch.setattr(Run, "load", lambda *args, **options: loaded.append(load(*args, **options)) or loaded[-1])
     if script == "grpo":
         monkeypatch.setattr(importlib.import_module(script), "grade", even_length)
     options = dict(steps=1, precision="bf16", gradient_checkpointing=True, lengths="12", ends="as_one")
@@ -51,7 +54,7 @@ def test_every_script_trains_and_is_saved(script, world, tmp_path, gpu, monkeypa
     run(script, **arguments, out_dir=tmp_path / "run")
     rows = read_log(tmp_path / "run")
     assert gpu.replays > 4 and all(row["grad_norm"] > 0 for row in rows[1:])
-    assert (tmp_path / "run/model/model.safetensors").exists()
+    assert {model.device for model in loaded} == {GPU} and (tmp_path / "run/model/model.safetensors").exists()
 
 
 STEPS_OF_12_TOKENS = dict(max_new_tokens=12, precision="fp32", save_every=1)

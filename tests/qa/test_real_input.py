@@ -193,13 +193,14 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
 
 
 @pytest.mark.parametrize("gpu, able, real", list(itertools.product([True, False], repeat=3)))
-def test_auto_is_bf16_on_a_gpu_and_for_real_models_on_processors_made_for_it(gpu, able, real, world, monkeypatch):
+def test_auto_is_bf16_on_gpus_and_for_real_models_on_processors_made_for_it(gpu, able, real, world, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able)
     assert models.is_toy(transformers.AutoConfig.from_pretrained(world["student"]))
     assert not models.is_toy(transformers.Qwen3Config())
     monkeypatch.setattr(models, "is_toy", lambda config: not real)
-    assert models.resolve_precision(opd.Args(**world)) == ("bf16" if gpu or (able and real) else "fp32")
+    assert models.resolve_precision(opd.Args(**world)) == ("bf16" if able and (gpu or real) else "fp32")
     assert models.resolve_precision(opd.Args(**world | dict(precision="fp32"))) == "fp32"
 
 
