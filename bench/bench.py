@@ -151,7 +151,7 @@ class Clock:
     the student's phase, and not counted there; `update` is all that is left, as what a trainer does between steps."""
 
     def __init__(self, case):
-        self.cuda, self.n_steps = case.device == "cuda", case.steps + 2
+        self.cuda, self.n_steps = case.device.startswith("cuda"), case.steps + 2
         self.time = time.perf_counter if self.cuda else time.process_time
         self.steps, self.phase, self.since, self.seconds = [], "update", self.time(), Counter()
 
@@ -306,7 +306,7 @@ def measure(contestant, case):
 
 def report(case, records):
     """Print a Markdown table, then how long all steps took and how equal the losses are."""
-    unit, memory, scale = ("s", "GiB", 2**30) if case.device == "cuda" else ("CPU-s", "MiB", 2**20)
+    unit, memory, scale = ("s", "GiB", 2**30) if case.device.startswith("cuda") else ("CPU-s", "MiB", 2**20)
     columns = ["rollout", "teacher", "student", "update", f"{unit} a step"]
     columns += [f"{memory} above baseline", f"{memory} in all", "time", "memory"]
     table = {}
@@ -332,7 +332,7 @@ def main(case):
         refuse(f"--contestants has {', '.join(sorted(unknown))}, and can have ours, plain and trl")
     where = {p: metadata.version(p) for p in ("torch", "transformers", "trl") if util.find_spec(p)}
     cpu = re.search("model name\t: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    where |= dict(machine=torch.cuda.get_device_name() if case.device == "cuda" else cpu, date=time.strftime("%F"))
+    where |= dict(machine=cpu if case.device == "cpu" else torch.cuda.get_device_name(), date=time.strftime("%F"))
     kl_cases = [replace(case, batch_size=16, micro_batch_size=16, max_new_tokens=n) for n in (32, 64, 256)]
     for case in map(resolved, kl_cases if case.kl_only else [case]):
         records = {}

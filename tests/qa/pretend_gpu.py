@@ -80,8 +80,8 @@ class GPU(TorchDispatchMode):
         # A CPU's tensor without dimensions is a number, and may come from anywhere.
         devices = {x.device for x in tensors if isinstance(x, OnGPU) or x.dim()}
         asked = self.named(kwargs["device"]) if kwargs.get("device") else None
-        if torch._C._current_graph_task_id() != -1 and (asked == CPU or not tensors):
-            asked = self.named("cuda")  # made by a backward pass, C++ code, which believes in the CPU
+        if torch._C._current_graph_task_id() != -1 and asked == CPU:
+            asked = next(iter(devices), CPU)  # autograd, in C++, believes in the CPU: where its operand is, it means
         if devices | {asked} <= {CPU, None}:
             return function(*args, **kwargs)
         if len(devices) > 1 and function not in COPIES | INDEXING:
@@ -140,10 +140,14 @@ def record(graph, stream):
 
 @contextlib.contextmanager
 def pretended(monkeypatch):
-    autocast = torch.autocast
+    autocast, move = torch.autocast, torch.Tensor.to
+    named = lambda x: GPU.named(x) if isinstance(x, (str, torch.device)) else x  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: move(self, *map(named, args), **options))
     monkeypatch.setattr(torch, "autocast", lambda device_type, *args, **kwargs: autocast("cpu", *args, **kwargs))
-    null = contextlib.nullcontext  # takes a device, and does nothing
-    for name, stand_in in dict(_lazy_init=null, CUDAGraph=Graph, graph=record, Stream=null, device=null).items():
+    null, none = contextlib.nullcontext, lambda *args: 0  # the first may be given a device
+    stand_ins = dict(_lazy_init=none, CUDAGraph=Graph, graph=record, Stream=null, device=null, synchronize=none)
+    stand_ins |= dict(reset_peak_memory_stats=none, memory_allocated=none, max_memory_allocated=none, device_count=lambda: 2)
+    for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     torch.__future__.set_swap_module_params_on_conversion(True)  # by which tied weights stay tied
     torch._C._set_only_lift_cpu_tensors(True)
