@@ -1,9 +1,9 @@
 """A GPU that is pretended on a CPU: what would crash on a real one crashes here, and the numbers are a CPU's.
 
-Tensors say that they are on cuda:N, and operations look where their operands are, as CUDA's do: two devices are an error.
-So is, while a graph is recorded, whatever spoils a real recording: waiting for a value, or copying from or to the CPU.
-A recording changes nothing; replaying runs the recorded operations again, on the very tensors that were recorded.
-Nothing is learned here about kernels: neither their speed nor their rounding.
+Tensors say that they are on cuda:N, and operations look where their operands are, as CUDA's do: two devices are an
+error. So is, while a graph is recorded, whatever spoils a real recording: waiting for a value, or copying from or to
+the CPU. A recording changes nothing; replaying runs the recorded operations again, on the very tensors that were
+recorded. Nothing is learned here about kernels: neither their speed nor their rounding.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}  # the host needs a value
 COPIES = {aten._to_copy.default, aten.copy_.default}  # may have operands on two devices
-INDEXING = {aten.index.Tensor, aten.index_put_.default}  # may have indices on the CPU
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # may have indices on the CPU
 
 
 class OnGPU(torch.Tensor):
@@ -86,10 +86,7 @@ class GPU(TorchDispatchMode):
             return function(*args, **kwargs)
         if len(devices) > 1 and function not in COPIES | INDEXING:
             raise RuntimeError(f"{function}: operands on {sorted(map(str, devices))}")
-        first = args[0].device if tensors and tensors[0] is args[0] else min(devices - {CPU}, key=str, default=None)
-        target = asked or first
-        if function is aten._to_copy.default and not asked:
-            target = args[0].device
+        target = asked or (args[0].device if function in COPIES | INDEXING else next(iter(devices)))
         waits = function in WAITS or (function in COPIES and len(devices | {target}) > 1)
         waits |= function in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
         self.waits += waits
@@ -146,7 +143,8 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda device_type, *args, **kwargs: autocast("cpu", *args, **kwargs))
     null, none = contextlib.nullcontext, lambda *args: 0  # the first may be given a device
     stand_ins = dict(_lazy_init=none, CUDAGraph=Graph, graph=record, Stream=null, device=null, synchronize=none)
-    stand_ins |= dict(reset_peak_memory_stats=none, memory_allocated=none, max_memory_allocated=none, device_count=lambda: 2)
+    stand_ins |= dict.fromkeys(("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"), none)
+    stand_ins["device_count"] = lambda: 2
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     torch.__future__.set_swap_module_params_on_conversion(True)  # by which tied weights stay tied

@@ -1,9 +1,9 @@
 """What only a GPU can show: `pytest -m gpu -s`. Without one, all of it is skipped. (It has not met one yet.)
 
 In order: the recorded decode step draws what a CPU draws, half precision runs, a whole script trains, is saved and goes
-on; the loss is finite where attention kernels are said to have been wrong; a sharded model of one process samples and learns. The
-last test prints what a decode step costs, and asserts nothing about it. What a whole step of 0.6B <- 4B costs, and its
-peak of memory: `python bench/bench.py --preset h200`.
+on; the loss is finite where attention kernels are said to have been wrong; a sharded model of one process samples and
+learns. The last test prints what a decode step costs, and asserts nothing about it. What a whole step of 0.6B <- 4B
+costs, and its peak of memory: `python bench/bench.py --preset h200`.
 """
 
 import copy

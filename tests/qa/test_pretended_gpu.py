@@ -120,4 +120,4 @@ def test_what_a_gpu_refuses_is_refused(gpu):
     graph.replay()
     assert a.tolist() == [2, 2, 2] and b.tolist() == [4, 4, 4]
     c = a + 1
-    assert c.device == GPU and c.cpu().device.type == "cpu" and (c + torch.tensor(1.0)).tolist() == [4, 4, 4]
+    assert c.device == GPU and c.cpu().device.type == "cpu" and (torch.tensor(1.0) + c).tolist() == [4, 4, 4]
