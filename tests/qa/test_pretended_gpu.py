@@ -103,6 +103,12 @@ def test_so_does_the_bench(gpu):
     assert bench.measure("ours", small)["loss"] > 0 and gpu.replays > 10
 
 
+def test_products_of_half_precision_are_added_up_in_fp32(gpu):
+    a = torch.full((1, 300), 1.01, dtype=torch.bfloat16, device=GPU)
+    product = fast._matmul(a, a.T)
+    assert product.dtype == torch.float32 and product.item() != product.bfloat16().item()
+
+
 def test_what_a_gpu_refuses_is_refused(gpu):
     a, graph = torch.zeros(3, device=GPU), Graph()
     for wrong in (lambda: a + torch.ones(3), lambda: a + a.to("cuda:1"), lambda: torch.stack([a, torch.ones(3)])):
