@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.fast import Head, decoder_for, response_hidden, sampling_logits, sequence_flops, weighted_loss
-from plumbing.models import autocast
+from plumbing.fast import Head, autocast, decoder_for, response_hidden, sampling_logits, sequence_flops, weighted_loss
 from plumbing.processes import gather, is_main, rank_and_world, sum_over_processes, unsharded
 from plumbing.runs import Store
-from plumbing.tasks import find_answer, grade
+from plumbing.tasks import find_answer, grade, text_of
 
 # ----------------------------------------------------------------------------------------------------------------
 # 1. KL math
@@ -302,7 +301,7 @@ class TeacherRollouts:
         this run uses it, whether or not it was found on disk."""
         wanted = [(row, epoch % self.samples) for row, epoch in zip(batch.rows, batch.epochs)]
         cap = max(max_new_tokens, self.longest)
-        missing = [key for key in dict.fromkeys(wanted) if not self.store.has(key, max_new_tokens)]
+        missing = [key for key in dict.fromkeys(wanted) if not self.store.has(key, cap)]
         if sum_over_processes(len(missing)):  # all processes go together: a sharded teacher cannot sample alone
             self._sample(missing, wanted[0], cap)
         responses, ended = zip(*(self.store.get(key, max_new_tokens) for key in wanted))
@@ -346,7 +345,7 @@ def evaluate(model, problems, vocab, tokenizer, args, top_p=1.0, top_k=0):
     nats = (rollouts.entropy * rollouts.mask).sum(1).tolist()
     records = []
     for (i, j), ids, ended, nat in zip(mine, rollouts.responses(), rollouts.ended.tolist(), nats):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = text_of(ids, tokenizer, vocab)
         right, marked = grade(text, problems[i].answer, args.grade), find_answer(text) is not None
         result = dict(response=text, correct=right, marked=marked, length=len(ids), ended=ended, nats=nat)
         records.append(dict(problem=i, sample=j, **result))

@@ -59,8 +59,6 @@ def main(args: Args):
         responses += with_problems(name, problems, records)
     if not is_main():
         return
-    if args.out_file:
-        write_file(folder, out_file, responses)
     k = args.eval_k
     print(f"| {args.model} | problems | Avg@{k} | Pass@{k} | length | cut | marked | entropy |\n|" + "---|" * 8)
     for name, m in table:
@@ -72,6 +70,8 @@ def main(args: Args):
     for name, m in table:
         if name in evals:
             print(f"\n{name}: {in_words(m, args)}")
+    if args.out_file:
+        write_file(folder, out_file, responses)
 
 
 if __name__ == "__main__":

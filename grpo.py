@@ -33,7 +33,7 @@ from common import entropy, evaluate, sample
 from plumbing.fast import token_log_probs, weighted_loss
 from plumbing.processes import average, full, sum_over_processes
 from plumbing.runs import open_run, parse
-from plumbing.tasks import grade
+from plumbing.tasks import grade, text_of
 
 
 def clipped_surrogate(log_probs, old_log_probs, advantages, clip):
@@ -102,7 +102,7 @@ def main(args: Args):
         members = [(i, g) for i in range(len(batch.prompts)) for g in range(args.group_size)]
         prompts, keys = [batch.prompts[i] for i, _ in members], [(*batch.keys[i], g) for i, g in members]
         rollouts = sample(student, prompts, keys, run.vocab, args.max_new_tokens, **sampling)
-        texts = run.tokenizer.batch_decode(rollouts.responses(), skip_special_tokens=True)
+        texts = [text_of(ids, run.tokenizer, run.vocab) for ids in rollouts.responses()]
         answers = [run.answers[batch.rows[i]] for i, _ in members]
         rewards = torch.tensor([float(grade(text, answer, args.grade)) for text, answer in zip(texts, answers)])
         advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()

@@ -22,7 +22,7 @@ from plumbing.fast import token_log_probs
 from plumbing.models import load_model, load_vocab, resolve_precision
 from plumbing.processes import start_processes
 from plumbing.runs import check_fields, parse
-from plumbing.tasks import grade, load_evals
+from plumbing.tasks import grade, load_evals, text_of
 
 BLUE, ORANGE, FULL = (0, 114, 178), (213, 94, 0), 4.0  # told apart by the colour-blind; FULL: nats of the full colour
 
@@ -107,7 +107,8 @@ def draw(responses, path, title):
             face = [c / 255 for c in colour(ratio)]
             axis.add_patch(Rectangle((x, row - 0.45), len(word), 0.9, facecolor=face, edgecolor="0.8", linewidth=0.5))
         axis.text(x + 0.1, row, word.replace("$", r"\$"), weight="bold" if ratio is None else "normal", **style)
-    axis.set(xlim=(-0.5, 101), ylim=(y - 1, -1), title=title)
+    axis.set(xlim=(-0.5, 101), ylim=(y - 1, -1))
+    axis.set_title(title, parse_math=False)
     axis.axis("off")
     figure.savefig(path, dpi=110, facecolor="white")
 
@@ -125,7 +126,7 @@ def main(args: Args):
     rollouts = sample(speaker, prompts, keys, vocab, args.eval_max_new_tokens, args.eval_temperature, stream="evaluate")
     responses = []
     for p, ids, ratios in zip(problems, rollouts.responses(), log_ratios(student, teacher, rollouts, vocab)):
-        right = grade(tokenizer.decode(ids, skip_special_tokens=True), p.answer, args.grade)
+        right = grade(text_of(ids, tokenizer, vocab), p.answer, args.grade)
         verdict = f"{'right' if right else 'wrong'}, reference {p.answer}; {len(ids)} tokens, Σ {sum(ratios):+.1f} nats"
         pieces = list(zip([tokenizer.decode([i]) for i in ids], ratios))
         responses.append((f"{' '.join(p.question.split())[:60]}   ({verdict})", pieces))

@@ -44,11 +44,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's runs in a thread of the pr
 
 import torch
 import transformers
-from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from common import Rollouts, make_rollouts, reverse_kl, sample, weighted_kl
-from plumbing.models import Vocab, autocast
+from plumbing.fast import autocast
+from plumbing.models import Vocab
 from plumbing.processes import average, full, start_processes
 from plumbing.runs import Batch, parse
 from plumbing.tasks import refuse
@@ -133,7 +133,7 @@ def build(case):
             model = auto.from_config(config, dtype=dtype) if random else auto.from_pretrained(name, dtype=dtype)
         model.config.get_text_config().eos_token_id = None
         model.generation_config = transformers.GenerationConfig(pad_token_id=0)  # no end token, no filters
-        model.autocasts = trainable and case.precision == "bf16"  # see models.autocast
+        model.autocasts = trainable and case.precision == "bf16"  # see fast.autocast
         models.append(model.to(case.device).requires_grad_(trainable).eval())
     models[0].get_input_embeddings().requires_grad_(not case.kl_only)
     return models
@@ -280,7 +280,7 @@ def compare(trainer, case, teacher, loss):
     our_loss, _ = weighted_kl(reverse_kl, student, teacher, batch, batch.mask / n, Vocab(case.vocab, (), 0))
     parameters = [p for p in student.parameters() if p.requires_grad]
     ours = torch.autograd.grad(our_loss, parameters)
-    apart = get_total_norm([a - p.grad for a, p in zip(ours, parameters)]) / get_total_norm(ours)
+    apart = torch.nn.utils.get_total_norm([a - p.grad for a, p in zip(ours, parameters)]) / torch.nn.utils.get_total_norm(ours)
     errors = dict(our_loss=our_loss.item(), loss=loss, loss_error=abs(1 - loss / our_loss.item()))
     errors["gradient_error"] = apart.item()
     tolerance = 1e-2 if case.precision == "bf16" else 1e-4

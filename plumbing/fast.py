@@ -4,18 +4,25 @@ Read common.py first. Nothing here is needed to understand it: a token loss coul
 and sampling could read every prefix anew.
 """
 
+import inspect
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 import transformers
 
-from plumbing.models import autocast
 from plumbing.processes import body
 from plumbing.tasks import refuse
 
 # ----------------------------------------------------------------------------------------------------------------
 # From hidden states to a loss
+
+
+def autocast(model):
+    """The region in which a model with fp32 weights computes in bf16, if it is to: the copies of its weights that this
+    takes are made once in it, so one region goes around many decode steps."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "autocasts", False))
 
 
 class Head:
@@ -27,9 +34,6 @@ class Head:
 
     def __init__(self, model, vocab, device=None):
         head, config = model.get_output_embeddings(), model.config.get_text_config()
-        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                refuse(f"{type(model).__name__} scales its logits ({name}): the chunked head does not, add it there")
         weight, bias = head.weight, getattr(head, "bias", None)
         if len(weight) > vocab.size:  # slicing only where it crops: its backward is a copy of the whole
             weight, bias = weight[: vocab.size], None if bias is None else bias[: vocab.size]
@@ -147,7 +151,8 @@ def response_hidden(model, batch):
     device, T = next(model.parameters()).device, batch.ids.shape[1]
     order = (torch.arange(T, device=batch.ids.device) + (~batch.prompt_mask).sum(1, keepdim=True)) % T
     is_response = torch.cat([torch.zeros_like(batch.prompt_mask), batch.mask], 1)
-    ids, is_response = (x.gather(1, order).to(device) for x in (batch.ids, is_response))
+    T = int((batch.prompt_mask.sum(1) + batch.mask.sum(1)).max())  # no row is longer
+    ids, is_response = (x.gather(1, order)[:, :T].to(device) for x in (batch.ids, is_response))
     with autocast(model):
         hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][is_response[:, 1:]]  # token t is predicted at position t − 1
@@ -205,6 +210,8 @@ class GrowingCache:
 
     def drop_all_but(self, rows):
         """Go on with these rows only (a bool mask). -> whether that was done"""
+        if not all(hasattr(layer, "batch_select_indices") for layer in self.cache.layers):
+            return False  # linear attention's have none
         self.cache.batch_select_indices(rows.nonzero()[:, 0])
         self.position, self.mask = self.position[rows], self.mask[rows]
         return True
@@ -300,6 +307,23 @@ class FixedCache:
         self.ids, self.position = self.ids[rows].clone(), self.position[rows].clone()
 
 
+@torch.no_grad()
+def check_logits(model, vocab):
+    """Refuse a model whose logits are not its last hidden states times one matrix, perhaps capped, or that decodes
+    otherwise than it reads: scaled logits, a head of several layers, a state that is no key-value cache."""
+    ids = torch.arange(4, device=model.device)[None]
+    with autocast(model):
+        expected, head = model(input_ids=ids).logits[0].float(), Head(model, vocab)  # (4, V)
+        read = head(body(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
+        decoder = GrowingCache(model, SimpleNamespace(ids=ids[:, :3], prompt_mask=torch.ones_like(ids[:, :3]).bool()))
+        decoder.step()
+        decoded = head(decoder.step(ids[0, 3:]))
+    for logits, of in ((read, expected), (decoded, expected[3:])):
+        if (logits - of).norm() > 0.2 * of.norm():  # far more than bf16 makes of it
+            how = "its hidden states times one matrix" if logits is read else "decoding with a key-value cache"
+            refuse(f"{type(model).__name__} cannot be used: {how} gives other logits than the model itself")
+
+
 def sampling_logits(logits, temperature=1.0, top_p=1.0, top_k=0):
     """The logits that are sampled from: temperature first, then the top_k most likely tokens (0: all), then the
     smallest set of most likely tokens whose probability reaches top_p. (B, V) -> (B, V); what is excluded is −inf.
@@ -327,13 +351,16 @@ def decoder_for(model, cache):
     """The class that `cache` names. auto: FixedCache on a GPU, where it pays, if the model can be used that way."""
     if cache == "auto":
         config = model.config.get_text_config()
-        # Not with layers that have no keys and values (linear attention) or other masks than ours (chunked attention);
-        # with attention kernels that take no 4-D mask; with steps that wait for the device, as some mixtures of experts
-        # do; and not where the weights are sharded: nobody has recorded a graph of FSDP's hooks.
+        # Not with layers that have no keys and values (linear attention) or other masks than ours (chunked attention,
+        # or positions made of a mask: BLOOM); with attention kernels that take no 4-D mask; with steps that wait for the
+        # device, as some mixtures of experts and positions that depend on the longest row do; and not where the weights
+        # are sharded: nobody has recorded a graph of FSDP's hooks.
         usable = (
             _attention_kinds(config) <= {"full_attention", "sliding_attention"}
             and config._attn_implementation in ("sdpa", "eager")
+            and "position_ids" in inspect.signature(model.base_model.forward).parameters
             and model._can_compile_fullgraph
+            and "dynamic" not in str(getattr(config, "rope_parameters", None))
             and not hasattr(model, "body")
         )
         cache = "fixed" if usable and next(model.parameters()).device.type == "cuda" else "growing"
@@ -357,8 +384,10 @@ def sequence_flops(model, response_lens, prompt_lens):
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
     used = {2: 1.0, 3: getattr(config, "num_experts_per_tok", experts) / experts}  # experts are stacked, few are used
     matrices = sum(p.numel() * used[p.ndim] for p in model.parameters() if p.ndim in used and id(p) not in embeddings)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    head_dims = [getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads for c in of_layers]
+    width = sum(c.num_attention_heads * head_dim for c, head_dim in zip(of_layers, head_dims))
     n = (prompt_lens + response_lens - 1).double()
     pairs = n * (n + 1) / 2  # causal: token i attends to i tokens
-    attention = 4 * pairs * config.num_hidden_layers * config.num_attention_heads * head_dim
+    attention = 4 * pairs * width
     return 2 * matrices * n + attention + 2 * head.numel() * response_lens.double()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import transformers
 from torch.utils.checkpoint import checkpoint
 
+from plumbing.fast import check_logits
 from plumbing.processes import device_here, is_main, layers, shard
 from plumbing.tasks import encode_prompts, refuse
 
@@ -48,14 +49,16 @@ def load_vocab(args, problem_sets):
         if any(a.prompt != b.prompt for a, b in zip(probes, problem_sets[0])):
             refuse("--student and --teacher tokenize the same prompt differently: choose both from one family")
     sizes = {role: config.vocab_size for role, config in configs.items()}
-    needed, size = max(max(tok.get_vocab().values()) + 1 for tok in tokenizers.values()), min(sizes.values())
-    if needed > size:
+    of_texts = {i for tok in tokenizers.values() for t, i in tok.get_vocab().items() if t not in tok.get_added_vocab()}
+    needed = max(of_texts | {i for problems in problem_sets for p in problems for i in p.prompt}) + 1
+    size = min(sizes.values())
+    if needed > size:  # (Gemma 3's tokenizer has one more token, for images, than its small models)
         refuse(
             f"the tokenizer has ids up to {needed - 1}, but the vocabulary sizes in config.json are {sizes}: the "
             "tokenizer is another model's, or model.resize_token_embeddings was forgotten"
         )
     if len(set(sizes.values())) > 1:
-        size = needed
+        size = min(size, max(max(tok.get_vocab().values()) + 1 for tok in tokenizers.values()))
         if is_main():
             print(f"vocabulary sizes are {sizes}: logits cropped to the tokenizer's {size}")
     end_ids = set()
@@ -144,17 +147,12 @@ def load_model(path, args, trainable=False):
     if model.device.type == "cpu" and model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much
     model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree
-    model.autocasts = args.precision == "bf16" and trainable  # see autocast()
+    model.autocasts = args.precision == "bf16" and trainable  # see fast.autocast
+    check_logits(model, Vocab(model.config.get_text_config().vocab_size, (), 0))
     if trainable and args.gradient_checkpointing:
         for layer in layers(model):  # transformers' own switch needs train mode, and with it dropout
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return shard(model) if dist.is_initialized() else model
-
-
-def autocast(model):
-    """The region in which a model with fp32 weights computes in bf16, if it is to: the copies of its weights that this
-    takes are made once in it, so one region goes around many decode steps."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "autocasts", False))
 
 
 def _load_config(path, role):

@@ -58,13 +58,16 @@ def parse(Args, argv=None):
         Args, allow_abbrev=False, description=sys.modules[Args.__module__].__doc__, formatter_class=_HelpFormatter
     )
     parser.error = lambda message: refuse(f"{message} (--help lists the arguments)")
-    parser.add_argument("--recipe", metavar="FILE", help="a file of arguments, read first: the command line wins")
-    argv = sys.argv[1:] if argv is None else argv
-    recipe = parser.parse_known_args(argv)[0].recipe
-    try:
-        words = shlex.split(Path(recipe).read_text(), comments=True) if recipe else []
-    except (OSError, ValueError) as error:
-        refuse(f"--recipe {recipe!r} cannot be read ({error}): name a file of lines like `--lr 5e-7`")
+    how = "files of arguments, read in this order before the command line: what comes later wins"
+    parser.add_argument("--recipe", metavar="FILE", action="append", default=[], help=how)
+    argv, words = sys.argv[1:] if argv is None else argv, []
+    for recipe in parser.parse_known_args(argv)[0].recipe:
+        try:
+            words += shlex.split(Path(recipe).read_text("utf-8-sig"), comments=True)
+        except (OSError, ValueError) as error:
+            refuse(f"--recipe {recipe!r} cannot be read ({error}): name a file of lines like `--lr 5e-7`")
+    if any(word.startswith("--recipe") for word in words):
+        refuse("a recipe names another one by --recipe: name both on the command line")
     values = vars(parser.parse_args(words + argv))
     del values["recipe"]
     return Args(**values)
@@ -178,8 +181,19 @@ class Run:
         self.evals = {} if args.eval_data == "none" else load_evals(args.eval_data, args.eval_problems)
         self.vocab, self.tokenizer = load_vocab(args, [problems, *self.evals.values()])
         self.prompts, self.answers = [p.prompt for p in problems], [p.answer for p in problems]
+        asked = [self.prompts, self.answers, [[p.prompt, p.answer] for of in self.evals.values() for p in of]]
+        self.data_hash = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        self._check_data()
         self.step, self.flops, self.seconds, self.memory = 0, 0.0, 0.0, {}  # updates done, and what they took
         self.models, self.student, self.optimizer, self.stop_asked = [], None, None, False
+
+    def _check_data(self):
+        """Refuse to continue on other prompts or answers: a file may have been edited, a template may have changed."""
+        path = os.path.join(self.args.out_dir, "args.json")
+        before = json.loads(Path(path).read_text()).get("data_hash") if os.path.exists(path) else None
+        if before not in (None, self.data_hash):
+            names = f"--data {self.args.data!r} or --eval_data {self.args.eval_data!r}"
+            refuse(f"{names} gives other prompts or answers than when {self.args.out_dir!r} began: choose another --out_dir")
 
     def hold_out(self, n):
         """Take the last n prompts out of the training data. -> them"""
@@ -199,7 +213,9 @@ class Run:
         self.student, self.optimizer, out = student, optimizer, self.args.out_dir
         if is_main():  # only now: a run that was refused leaves nothing behind
             os.makedirs(out, exist_ok=True)
-            write_file(out, "args.json", dataclasses.asdict(self.args) | {"code": _code(self.args)})
+            self.lock = _lock(out)
+            about = {"code": _code(self.args), "data_hash": self.data_hash}
+            write_file(out, "args.json", dataclasses.asdict(self.args) | about)
         barrier()
         states = sorted(int(name[6:]) for name in os.listdir(out) if re.fullmatch(r"state-\d+", name))
         if states:
@@ -344,6 +360,7 @@ class Run:
             for name in os.listdir(self.args.out_dir):
                 if re.fullmatch(r"state-\d+|state\.partial|stable", name):
                     shutil.rmtree(os.path.join(self.args.out_dir, name))
+            os.remove(self.lock.name)
             print(f"done: {final} is the trained student, {self.args.out_dir}/curves.png the course of the run")
         barrier()  # nobody leaves while the others still need him
 
@@ -393,6 +410,7 @@ def _check_out_dir(args):
     except (OSError, ValueError, TypeError):
         refuse(f"{path} is damaged: choose another --out_dir, or remove {out!r} to start afresh")
     now, old_code = dataclasses.asdict(args), before.pop("code", None) or {}
+    before.pop("data_hash", None)  # see Run._check_data
     names = [name for name in {**before, **now} if name not in FREE_ARGS and before.get(name) != now.get(name)]
     changes = [f"--{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names]
     changes += [f"{file} has been changed" for file, code in _code(args).items() if old_code.get(file) != code]
@@ -402,6 +420,21 @@ def _check_out_dir(args):
         if is_main():
             print(f"{out!r} holds this run, finished: model/ and curves.png are there. To start afresh: rm -r {out}")
         raise SystemExit(0)
+
+
+def _lock(out):
+    """Keep other processes out of an output directory while this one is at work; the kernel frees it after a kill."""
+    file = open(os.path.join(out, "lock"), "w")
+    with contextlib.suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refuse(f"another process is at work in --out_dir {out!r}: wait for it, or choose another directory")
+        except OSError:  # a file system without locks
+            pass
+    return file
 
 
 def write_file(directory, name, content):
@@ -513,5 +546,5 @@ def draw_curves(out_dir):
         axis.set(title=title, xlabel="step")
         if axis.lines:
             axis.legend(frameon=False)
-    figure.suptitle(out_dir)
+    figure.suptitle(out_dir, parse_math=False)
     figure.savefig(os.path.join(out_dir, "curves.png"), dpi=110)

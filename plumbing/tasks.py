@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,6 +43,8 @@ def load_problems(name, needs_answer=False, skip_unanswered=False):
         if not isinstance(question, str) or not question.strip():
             refuse(f"{name}, row {i}: `{column}` must be a text, and is {json.dumps(question, default=str)[:60]}")
         answer = row.get("answer")
+        if isinstance(answer, float):  # 5e-05 is written out; and pandas writes NaN where there is none
+            answer = None if math.isnan(answer) else format(Decimal(repr(answer)), "f")
         if skip_unanswered and "answer" in row and str(answer or "").strip() == "" and answer != 0:
             skipped += 1
             continue
@@ -100,6 +104,9 @@ def _rows(name):
         )
 
 
+_DATE = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro -%}"  # as Llama 3 has it where there is no clock
+
+
 def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
     """Fill in each problem's `prompt`: its question as one user turn in the tokenizer's chat template -> None.
 
@@ -110,9 +117,11 @@ def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
             f"the tokenizer in {tokenizer.name_or_path!r} has no chat template, so there is no way to ask it: take the "
             "chat version of this model, or put a chat_template.jinja next to its tokenizer"
         )
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    if "strftime_now" in tokenizer.chat_template:  # it tells the date, and a run may take more than a day
+        options["chat_template"] = _DATE + tokenizer.chat_template
     for p in problems:
         content = p.question + ("\n" + instruction if instruction else "")
-        options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
         try:
             text = tokenizer.apply_chat_template([{"role": "user", "content": content}], **options)
             p.prompt = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -122,6 +131,11 @@ def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Grading
+
+
+def text_of(ids, tokenizer, vocab):
+    """A response's token ids as text to grade: without end tokens, which not every tokenizer takes for special ones."""
+    return tokenizer.decode([i for i in ids if i not in vocab.end_ids], skip_special_tokens=True)
 
 
 def grade(response, answer, grading="marked"):
@@ -163,10 +177,10 @@ def find_answer(text):
     """The last marked answer in a text, `\\boxed{...}` with nested braces or `#### ...` to the end of the line.
 
     -> str, or None where nothing is marked. The last one counts: a model may correct itself. A box that is never
-    closed was cut off, and is no answer.
+    closed was cut off, and is no answer. Beside a box, `#### Note` is a heading, and `#### 42` an answer.
     """
-    spans = [(m.start(), m.group(1)) for m in re.finditer(r"####[ \t]*([^\s#][^\n#]*)", text)]
-    opened = []  # the braces not closed yet: (where, where its content starts) of a box, None for others
+    lines = [(m.start(), m.group(1).strip("* ")) for m in re.finditer(r"####[ \t]*([^\s#][^\n#]*)", text)]
+    spans, opened = [], []  # the braces not closed yet: (where, where its content starts) of a box, None for others
     for m in re.finditer(r"\\+f?box(?:ed)?\s*\{|\\.|[{}]", text):  # \\. skips escaped braces
         if m.group() == "}":
             box = opened.pop() if opened else None
@@ -174,6 +188,7 @@ def find_answer(text):
                 spans.append((box[0], text[box[1] : m.start()]))
         elif m.group().endswith("{") and m.group() != "\\{":
             opened.append((m.start(), m.end()) if m.group() != "{" else None)
+    spans += [line for line in lines if not spans or _number(_plain(line[1])) is not None]
     return max(spans)[1].strip() or None if spans else None
 
 

@@ -242,6 +242,12 @@ def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tm
     count("curriculum", "n", lengths="2", **ladder)
     first, alone = (read_log(tmp_path / name)[1]["flops"] for name in "mn")
     assert first > alone
+    # ... also where another run has left shorter ones
+    count("curriculum", "elsewhere/q", lengths="2", seed=8, **ladder | dict(max_new_tokens=2))
+    count("curriculum", "elsewhere/r", lengths="2,9", seed=8, **ladder)
+    count("curriculum", "afresh/r", lengths="2,9", seed=8, **ladder)
+    logs = [read_log(tmp_path / place / "r") for place in ("elsewhere", "afresh")]
+    assert [row.get("flops") for row in logs[0]] == [row.get("flops") for row in logs[1]]
 
 
 def test_a_store_cut_short_by_a_kill_is_mended(world, tmp_path):

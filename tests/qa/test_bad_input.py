@@ -444,6 +444,21 @@ def test_a_refused_command_leaves_a_run_as_it_is(changes, damage, says, stopped,
         shutil.copytree(tmp_path / "sound", out_dir.parent, dirs_exist_ok=True)
 
 
+def test_a_run_does_not_go_on_with_other_data_nor_beside_another_process(stopped, tmp_path):
+    data, text = Path(stopped["data"]), Path(stopped["data"]).read_text()
+    before = contents(stopped["out_dir"])
+    data.write_text(text.replace("Is 7 prime?", "Is 8 prime?"))
+    assert "gives other prompts or answers" in refusal(opd, stopped)
+    data.write_text(text)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, stopped["out_dir"] + "/lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        assert "another process is at work" in refusal(opd, stopped)
+        other.communicate("")
+    assert contents(stopped["out_dir"]) == before
+
+
 def test_a_teacher_that_breaks_costs_no_progress(world, stopped, tmp_path):
     """Non-finite numbers end the run in one line; with a sound teacher it continues as if nothing had been."""
     out_dir, file = Path(stopped["out_dir"]), Path(stopped["teacher"], "model.safetensors")

@@ -121,6 +121,16 @@ def test_compare_draws_any_runs_together(finished, tmp_path, capsys):
         assert row[5] == f"{read_log(finished / f'seed-{seed}')[-1]['eval_entropy']:.3f}"
 
 
+def test_runs_that_were_evaluated_differently_are_said_to_be(finished, tmp_path, capsys):
+    other = shutil.copytree(finished / "seed-1", tmp_path / "other")
+    args = json.loads((other / "args.json").read_text()) | {"eval_k": 4, "eval_batch_size": 3}
+    (other / "args.json").write_text(json.dumps(args))
+    for second, warned in ((finished / "seed-1", False), (other, True)):
+        dirs = [str(finished / "seed-0"), str(second)]
+        compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path)]))
+        assert ("not evaluated alike: they differ in --eval_k\n" in capsys.readouterr().out) == warned
+
+
 def test_intervals_over_seeds_are_t_intervals():
     mean, ci = compare.mean_ci([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0 and ci == pytest.approx(2.776 * 2.5**0.5 / 5**0.5, rel=2e-3)

@@ -19,7 +19,8 @@ from conftest import ROOT, read_log, run
 
 from common import draw, make_rollouts, reverse_kl, sample, weighted_kl
 from plumbing import fast, processes
-from plumbing.models import Vocab, autocast
+from plumbing.fast import autocast
+from plumbing.models import Vocab
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -124,8 +124,10 @@ FIND = {
         "\\boxed{42} is the answer, since 6 · 7 = 42 and not 43.", "\\boxed{41}, no, \\boxed{42}",  # it corrects itself
         "\\boxed{42} and then \\boxed{4",  # cut off
         "\\boxed{" * 100_000 + "42}", "#### 42", "work <<1+1=2>>\n#### 42\nQuestion: more", "#### 41\n#### 42",
-        "\\boxed{41}\n#### 42", "#### 41\nso \\boxed{42}", "#### \\boxed{42}",
+        "\\boxed{41}\n#### 42", "#### 41\nso \\boxed{42}", "#### \\boxed{42}", "\\boxed{42}\n#### Note\nThat is all.",
+        "#### **42**",
     ],
+    "Step 1: add": ["#### Step 1: add"],
     "\\frac{\\sqrt{3}}{2}": ["\\boxed{\\frac{\\sqrt{3}}{2}} and {more} text}"],
     "\\{1, 2\\}": ["\\boxed{\\{1, 2\\}}"],  # escaped braces do not count
     "\\begin{pmatrix} 1 \\\\{2} \\end{pmatrix}": ["\\boxed{\\begin{pmatrix} 1 \\\\{2} \\end{pmatrix}}"],

@@ -15,7 +15,8 @@ from conftest import DISTILLATION, ROOT, make_checkpoint, make_tokenizer, read_l
 import opd
 from common import forward_kl, make_rollouts, weighted_kl
 from plumbing import models, tasks
-from plumbing.models import autocast, load_model, load_vocab
+from plumbing.fast import autocast
+from plumbing.models import load_model, load_vocab
 from plumbing.runs import check_args, parse
 
 GSM8K = {
@@ -104,6 +105,45 @@ def test_ends_are_those_of_config_generation_config_and_tokenizer(world, tmp_pat
     assert {5, 6, 7, tokenizer.eos_token_id} <= set(vocab.end_ids)
 
 
+def test_a_template_that_tells_the_date_tells_the_same_one_on_every_day(world, tmp_path, monkeypatch):
+    """Llama 3's does: a run that goes on after midnight would go on with other prompts."""
+    path = shutil.copytree(world["student"], tmp_path / "student")
+    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    (path / "chat_template.jinja").write_text(template)
+    args = parse(opd.Args, ["--student", str(path), "--teacher", str(path)])
+    problems = [tasks.Problem("Is 7 prime?", "1")]
+    _, tokenizer = load_vocab(args, [problems])
+    assert tokenizer.decode(problems[0].prompt) == "26 Jul 2024: Is 7 prime?"
+
+
+def test_a_token_that_no_text_holds_may_lie_beyond_the_vocabulary(world, tmp_path):
+    """Gemma 3's tokenizer has one for images, and its small models no row for it."""
+    path = shutil.copytree(world["student"], tmp_path / "student")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(path)
+    args = parse(opd.Args, ["--student", str(path), "--teacher", str(path)])
+    assert load_vocab(args, [[tasks.Problem("Is 7 prime?", "1")]])[0].size == 303 == len(tokenizer) - 1
+    with pytest.raises(SystemExit, match="ids up to 303"):
+        load_vocab(args, [[tasks.Problem("What is <image>?", "1")]])
+
+
+def test_an_end_token_that_a_tokenizer_takes_for_a_word_is_no_part_of_an_answer(world):
+    class Plain:
+        decode = staticmethod(lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+
+    assert tasks.text_of([7, 8, 302], Plain, models.Vocab(303, (300, 302), 0)) == "7 8"
+
+
+@pytest.mark.parametrize("answer, read", [(5e-5, "0.00005"), (1e16, "10000000000000000"), (27.0, "27.0"), (float("nan"), None)])
+def test_numbers_are_written_out_and_nan_is_no_answer(answer, read, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [GSM8K | {"answer": answer}])
+    assert tasks.load_problems(path)[0].answer == read
+    if read is None:
+        with pytest.raises(SystemExit, match="needs an `answer`"):
+            tasks.load_problems(path, needs_answer=True)
+
+
 @pytest.mark.parametrize(
     "argv, asks, begins",
     [
@@ -183,7 +223,10 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
     for argv in (["--recipe", str(recipe), "--steps", "9"], ["--steps", "9", f"--recipe={recipe}"]):
         args = parse(opd.Args, argv)
         assert (args.lr, args.steps, args.out_dir) == (5e-7, 9, "a folder")
-    for content, says in (("--lr 'x", "cannot be read"), ("--learning_rate 1", "unrecognized arguments: --learning_rate")):
+    (tmp_path / "second.txt").write_text("\ufeff--steps 8\n")
+    args = parse(opd.Args, ["--recipe", str(recipe), "--recipe", str(tmp_path / "second.txt")])
+    assert (args.lr, args.steps) == (5e-7, 8)
+    for content, says in (("--lr 'x", "cannot be read"), ("--recipe a", "by --recipe"), ("--learning_rate 1", "unrecognized arguments: --learning_rate")):
         recipe.write_text(content)
         with pytest.raises(SystemExit, match=says):
             parse(opd.Args, ["--recipe", str(recipe)])
