@@ -151,7 +151,7 @@ def response_hidden(model, batch):
     device, T = next(model.parameters()).device, batch.ids.shape[1]
     order = (torch.arange(T, device=batch.ids.device) + (~batch.prompt_mask).sum(1, keepdim=True)) % T
     is_response = torch.cat([torch.zeros_like(batch.prompt_mask), batch.mask], 1)
-    T = int((batch.prompt_mask.sum(1) + batch.mask.sum(1)).max())  # no row is longer
+    T = -(-int((batch.prompt_mask.sum(1) + batch.mask.sum(1)).max()) // 128) * 128  # no row is longer; few widths
     ids, is_response = (x.gather(1, order)[:, :T].to(device) for x in (batch.ids, is_response))
     with autocast(model):
         hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)

@@ -5,9 +5,10 @@ import torch
 import transformers
 from pretend_gpu import pretended
 
+import opd
 from common import draw, make_rollouts, sample, uniforms
 from plumbing.fast import check_logits, response_hidden, token_log_probs
-from plumbing.models import Vocab
+from plumbing.models import Vocab, load_model
 
 VOCAB = Vocab(60, tuple(range(2, 12)), 0)  # ends that random models say soon
 PROMPTS = [tuple(range(12, 13 + n % 7)) for n in range(10)]
@@ -36,7 +37,7 @@ REFUSED = {
 def build(kind, config):
     common = dict(
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         initializer_range=0.3,
     )  # fmt: skip
     if "n_head" in config:  # older names
@@ -76,16 +77,17 @@ def test_rollouts_and_scores_are_those_of_the_model_itself(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_would_give_other_numbers_is_refused(kind):
+def test_what_would_give_other_numbers_is_refused_when_it_is_loaded(kind, tmp_path):
     config, how = REFUSED[kind]
+    build(kind, config).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=how):
-        check_logits(build(kind, config), VOCAB)
+        load_model(str(tmp_path), opd.Args(precision="fp32"))
 
 
 def test_a_row_is_scored_as_if_alone_however_long_the_others_prompts_and_responses_are():
     """Phi-3's positions depend on the width of what is read: a long prompt beside a long response is no long row."""
-    model = build("phi3", dict(rope_parameters=LONGROPE | dict(original_max_position_embeddings=16)))
-    prompts, responses = [(5, 6, 7), tuple(range(20, 32))], [tuple(range(40, 51)), (11, 12)]
+    model = build("phi3", dict(rope_parameters=LONGROPE | dict(original_max_position_embeddings=128)))
+    prompts, responses = [(5, 6, 7), tuple(range(12, 52)) * 2], [tuple(range(20, 55)) * 2, (11, 12)]
     both = make_rollouts(prompts, responses, [False] * 2, KEYS[:2], VOCAB, "cpu")
     alone = make_rollouts(prompts[:1], responses[:1], [False], KEYS[:1], VOCAB, "cpu")
-    torch.testing.assert_close(response_hidden(model, both)[:11], response_hidden(model, alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(response_hidden(model, both)[:70], response_hidden(model, alone), rtol=1e-4, atol=1e-5)
