@@ -87,7 +87,8 @@ def test_what_would_give_other_numbers_is_refused_when_it_is_loaded(kind, tmp_pa
 
 def test_a_row_is_scored_as_if_alone_however_long_the_others_prompts_and_responses_are():
     """Phi-3's positions depend on the width of what is read: a long prompt beside a long response is no long row."""
-    model = build("phi3", dict(rope_parameters=LONGROPE | dict(original_max_position_embeddings=128)))
+    original = dict(original_max_position_embeddings=128)
+    model = build("phi3", original | dict(rope_parameters=LONGROPE | original))
     prompts, responses = [(5, 6, 7), tuple(range(12, 52)) * 2], [tuple(range(20, 55)) * 2, (11, 12)]
     both = make_rollouts(prompts, responses, [False] * 2, KEYS[:2], VOCAB, "cpu")
     alone = make_rollouts(prompts[:1], responses[:1], [False], KEYS[:1], VOCAB, "cpu")
