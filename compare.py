@@ -244,9 +244,10 @@ def main(args: Args):
         groups, colors = {path: [read(path)] for path in args.dirs}, findings.COLORS
         lines = [(colors[i % 7], "o^sDPvX*"[i % 8], name, name) for i, name in enumerate(groups)]
         panels = [("step", y) for y in ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")]
-        of_runs = [json.loads(Path(path, "args.json").read_text()) for path in args.dirs]
-        unlike = {x for run in of_runs for x in run if x.startswith("eval_") and x not in ("eval_every", "eval_batch_size")}
-        unlike = sorted(x for x in unlike | {"grade", "instruction"} if len({run.get(x) for run in of_runs}) > 1)
+        files = [Path(path, "args.json") for path in args.dirs]
+        of_runs = [json.loads(file.read_text()) for file in files if file.exists()]
+        names = {x for run in of_runs for x in run if x.startswith("eval_")} - {"eval_every", "eval_batch_size"}
+        unlike = sorted(x for x in names | {"grade", "instruction"} if len({run.get(x) for run in of_runs}) > 1)
         if unlike:
             print(f"warning: these runs were not evaluated alike: they differ in --{', --'.join(unlike)}")
         os.makedirs(args.out_dir, exist_ok=True)

@@ -193,7 +193,8 @@ class Run:
         before = json.loads(Path(path).read_text()).get("data_hash") if os.path.exists(path) else None
         if before not in (None, self.data_hash):
             names = f"--data {self.args.data!r} or --eval_data {self.args.eval_data!r}"
-            refuse(f"{names} gives other prompts or answers than when {self.args.out_dir!r} began: choose another --out_dir")
+            began = f"than when {self.args.out_dir!r} began"
+            refuse(f"{names} gives other prompts or answers {began}: choose another --out_dir")
 
     def hold_out(self, n):
         """Take the last n prompts out of the training data. -> them"""
