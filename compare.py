@@ -238,7 +238,7 @@ def main(args: Args):
     check_fields(args)
     if args.quick and not args.dirs:
         args.seeds = args.other_seeds = 1
-        args.out_dir += "-quick"
+        args.out_dir = args.out_dir.rstrip("/") + "-quick"
     if args.dirs:
         args.out_dir = "runs/together" if args.out_dir == Args.out_dir else args.out_dir  # not over the findings
         groups, colors = {path: [read(path)] for path in args.dirs}, findings.COLORS
