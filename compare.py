@@ -236,6 +236,8 @@ def draw(groups, path, title, panels, lines):
 
 def main(args: Args):
     check_fields(args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        refuse("compare.py starts processes of its own: run it without torchrun")
     if args.quick and not args.dirs:
         args.seeds = args.other_seeds = 1
         args.out_dir = args.out_dir.rstrip("/") + "-quick"

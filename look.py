@@ -20,7 +20,7 @@ import torch
 from common import sample
 from plumbing.fast import token_log_probs
 from plumbing.models import load_model, load_vocab, resolve_precision
-from plumbing.processes import start_processes
+from plumbing.processes import is_main, start_processes
 from plumbing.runs import check_fields, parse
 from plumbing.tasks import grade, load_evals, text_of
 
@@ -124,8 +124,10 @@ def main(args: Args):
     speaker = {"student": student, "teacher": teacher}[args.prefixes]
     prompts, keys = [p.prompt for p in problems], [(args.seed, i, 0) for i in range(len(problems))]
     rollouts = sample(speaker, prompts, keys, vocab, args.eval_max_new_tokens, args.eval_temperature, stream="evaluate")
-    responses = []
-    for p, ids, ratios in zip(problems, rollouts.responses(), log_ratios(student, teacher, rollouts, vocab)):
+    all_ratios, responses = log_ratios(student, teacher, rollouts, vocab), []
+    if not is_main():
+        return
+    for p, ids, ratios in zip(problems, rollouts.responses(), all_ratios):
         right = grade(text_of(ids, tokenizer, vocab), p.answer, args.grade)
         verdict = f"{'right' if right else 'wrong'}, reference {p.answer}; {len(ids)} tokens, Σ {sum(ratios):+.1f} nats"
         pieces = list(zip([tokenizer.decode([i]) for i in ids], ratios))

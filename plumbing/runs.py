@@ -287,7 +287,7 @@ class Run:
         if last or save or stop or step % args.save_every == 0:
             self.save_state()
         if stop:
-            raise SystemExit(f"stopped after step {step}; the same command continues from there")
+            raise SystemExit(f"stopped after step {step}; the same command continues from there" if is_main() else 1)
 
     def _evaluate(self, step):
         """evaluate() on every set; prints a line for each. -> metrics for the log: of several sets the plain keys hold
