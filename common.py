@@ -67,8 +67,8 @@ class _KL(torch.autograd.Function):
     """λ·KL(q‖p) + (1−λ)·KL(p‖q) at every prefix. Its backward *is* Proposition 1 of arXiv 2605.16826.
 
     For a softmax, ∇ log q(y) in logit space is onehot(y) − q. Put that into the two statements of the proposition, and
-    (i) is q − p, cross-entropy on soft targets; (ii) is q · (log q − log p − KL), a policy gradient whose reward is
-    log p − log q and whose baseline is its own mean. `u` draws the one token y that an expectation is over, and a
+    (i) is q − p, cross-entropy on soft targets; (ii) is q · (log q − log p − KL), a policy gradient with the reward
+    log p − log q: −q · KL comes of the score's −q, and no baseline would change the sum. `u` draws the one token y that an expectation is over, and a
     one-hot takes the place of its distribution. The gradient is formed while the softmaxes are at hand: V-sized
     tensors are what costs time and memory, and autograd would keep several of them.
     """

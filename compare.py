@@ -105,9 +105,9 @@ METRICS = {
 KEPT = {*METRICS, "step", "clip_ratio", "response_len", "entropy", "gate_entropy", "gate_open", "train_len"}
 
 
-def read(path, first_answer=False):
-    """A run's log -> its rows at evaluations, at gates and at every tenth step. first_answer: the last has the accuracy
-    by the first answer of each response, too, instead of the last one."""
+def read(path):
+    """A run's log -> its rows at evaluations, at gates and at every tenth step. Where responses mark answers by ####,
+    the last row has the accuracy by the first answer of each response, too, instead of the last one."""
     try:
         rows = read_lines(os.path.join(path, "log.jsonl"))
     except OSError as error:
@@ -115,10 +115,12 @@ def read(path, first_answer=False):
     rows = [row for row in rows if "avg_at_k" in row or "gate_entropy" in row or row["step"] % 10 == 0]
     if not any("avg_at_k" in row for row in rows):
         refuse(f"{path!r} has no evaluation in its log yet")
-    if first_answer:
-        responses = read_lines(os.path.join(path, f"responses-{rows[-1]['step']}.jsonl"))
-        first = [(re.search(r"####([^#\n]*)", r["response"]), r["answer"]) for r in responses]
-        rows[-1]["first_avg"] = float(np.mean([bool(found) and found[1] == answer for found, answer in first]))
+    file = os.path.join(path, f"responses-{rows[-1]['step']}.jsonl")
+    responses = read_lines(file) if os.path.exists(file) else []
+    first = [(re.search(r"####([^#\n]*)", r["response"]), r["answer"]) for r in responses]
+    if any(found for found, _ in first):
+        right = [bool(found) and found[1].strip() == answer for found, answer in first]
+        rows[-1]["first_avg"] = float(np.mean(right))
     number = lambda x: float(f"{x:.5g}") if isinstance(x, float) else x  # noqa: E731
     return [{"flops": 0.0} | {key: number(value) for key, value in row.items() if key in KEPT} for row in rows]
 
@@ -262,7 +264,7 @@ def main(args: Args):
         if len({Path(world).name for world in worlds}) < len(worlds):
             refuse(f"--worlds is {args.worlds!r}: their folders need different names, as results are kept by name")
         runs = {first: run_all(args, first, args.seeds)} | {w: run_all(args, w, args.other_seeds) for w in others}
-        worlds = {w: {name: [read(d, True) for d in dirs] for name, dirs in of.items()} for w, of in runs.items()}
+        worlds = {w: {name: [read(d) for d in dirs] for name, dirs in of.items()} for w, of in runs.items()}
         Path(args.out_dir, "results.json").write_text(json.dumps(worlds, separators=(",", ":")) + "\n")
         groups = next(iter(worlds.values()))
         for name, figure in findings.figures(args).items():

@@ -34,7 +34,11 @@ def test_three_tokens_by_hand(kl, value, gradient):
 
 
 def test_how_much_weaker_reverse_kl_is_for_a_token_that_the_student_never_says():
-    """Halving q(END) halves its gradient under reverse KL, but for a logarithm, and leaves that of forward KL alone."""
+    """Halving q(END) halves its gradient under reverse KL, but for a logarithm, and leaves that of forward KL alone.
+
+    The pull is q(END) · (KL + log p(END)/q(END)): 3e-10 where q(END) = 1e-11. In a parameter that gets no other gradient
+    Adam divides it by 3e-10 + 1e-8, and takes 3 % of a step; in the shared ones the other tokens' gradients, which are
+    billions of times as large, set the size that it divides by."""
 
     def pull(kl, q_end):
         student = torch.tensor([(1 - q_end) / 2, (1 - q_end) / 2, q_end], dtype=torch.float64).log().requires_grad_()
@@ -124,9 +128,10 @@ def test_the_entropy_term_is_all_that_parts_reverse_kl_from_a_reward():
         assert x.softmax(-1).tolist() == pytest.approx(best, abs=0.01)
 
 
-def mean_of_response_means(mask):
-    """token_weights (B, R) for a mean over responses of means over their tokens; opd.py has mask / mask.sum()."""
-    return mask / mask.sum(1, keepdim=True) / len(mask)
+def mean_of_response_means(mask, n_responses):
+    """token_weights (b, R) for a mean over responses of means over their tokens; opd.py has mask / n_tokens. Both counts
+    are those of the global batch, per process: len(mask) would be the micro-batch's."""
+    return mask / mask.sum(1, keepdim=True) / n_responses
 
 
 def test_a_token_mean_lets_a_loop_drown_its_neighbours():
@@ -134,11 +139,13 @@ def test_a_token_mean_lets_a_loop_drown_its_neighbours():
     tokens the short one has 4 % of the weight, under a mean over responses half of it, as each response has."""
     mask = torch.arange(96) < torch.tensor([[4], [96]])
     kls = torch.where(torch.arange(96) < 4, 2.0, 0.1)
-    by_token, by_response = mask / mask.sum(), mean_of_response_means(mask)
+    by_token, by_response = mask / mask.sum(), mean_of_response_means(mask, 2)
     for weights, short, loss in ((by_token, 0.04, 0.252), (by_response, 0.5, 1.0896)):
         assert weights.sum().item() == pytest.approx(1)
         assert weights[0].sum().item() == pytest.approx(short)
         assert (weights * kls).sum().item() == pytest.approx(loss, abs=1e-3)
+    of_micro_batches = torch.cat([mean_of_response_means(row, 2) for row in mask.split(1)])
+    assert torch.equal(of_micro_batches, by_response)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def commands():
     for path in TEXTS:
         for line in "".join(blocks(path)).splitlines():
             for part in line.split(" && "):
-                words = shlex.split(part, comments=True) if re.match(r"\S*(python3?|torchrun) ", part) else []
+                words = shlex.split(part, comments=True) if re.match(r"\S*(python3?|torchrun) (?!-c )", part) else []
                 if words:
                     yield pytest.param(words, id=f"{path.name}: {' '.join(words)}"[:90])
 

@@ -176,7 +176,6 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     assert list(numbers) == ["toy"] and list(numbers["toy"]) == list(runs)
     last, log = numbers["toy"]["opd"][0][-1], read_log(tmp_path / "toy/opd-seed-0")[-1]
     assert last["step"] == log["step"] and last["avg_at_k"] == pytest.approx(log["avg_at_k"], rel=1e-4)
-    assert "first_avg" in last
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*")}
     compare.run_all(args, "toy", 1)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*")}
@@ -220,7 +219,7 @@ def test_the_first_answer_is_read_from_the_responses(finished, tmp_path):
     said = ["=1\n####7####3", "####3\n####7", "no answer", "####7\n####3"]
     last = read_log(tmp_path / "run")[-1]["step"]
     write_jsonl(tmp_path / f"run/responses-{last}.jsonl", [{"response": text, "answer": "7"} for text in said])
-    assert compare.read(str(tmp_path / "run"), first_answer=True)[-1]["first_avg"] == 0.5
+    assert compare.read(str(tmp_path / "run"))[-1]["first_avg"] == 0.5
 
 
 def made_up(values, cost=1.0):
