@@ -64,13 +64,13 @@ def succeed(started):
 def arguments(world, tmp_path_factory):
     """A run on 8 prompts a step, with responses of different lengths; with a tied and with an untied student."""
     untied = make_checkpoint(tmp_path_factory.mktemp("untied") / "student", eos="<|endoftext|>", seed=1, tied=False)
-    base = world | dict(batch_size=8, micro_batch_size=2, max_new_tokens=30, eval_max_new_tokens=20)
+    base = world | dict(batch_size=8, micro_batch_size=2, max_new_tokens=20, eval_max_new_tokens=8)
     return {"tied": base, "untied": base | {"student": untied}}
 
 
 def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, monkeypatch):
     """fp32. After one SGD step the logs agree to 1e-5 and so do the changes of the weights, that is, the gradients."""
-    one_step = dict(steps=1, lr=1.0, eval_every=0, lengths="30", held_out=3)
+    one_step = dict(steps=1, lr=1.0, eval_every=0, lengths="20", held_out=3)
 
     def jobs(name, kinds, **more):
         dirs = {kind: str(tmp_path / name / "-".join(kind) / "run") for kind in kinds}
@@ -98,7 +98,7 @@ def test_any_number_of_processes_and_two_nodes_do_the_same(arguments, tmp_path, 
             if not other.exists():
                 continue
             for row, expected in zip(read_log(other), alone, strict=True):
-                assert row == pytest.approx(expected, rel=1e-5), other
+                assert row == pytest.approx(expected, rel=1e-5, abs=1e-7), other  # a loss of GRPO may be 1e-9
             for name, weight in weights(other / "model").items():
                 step, expected = weight - before[name], after[name] - before[name]
                 rounding = 2e-7 * weight.norm()  # of the weight itself, in fp32
