@@ -321,7 +321,7 @@ def check_logits(model, vocab):
     for logits, of in ((read, expected), (decoded, expected[3:])):
         if (logits - of).norm() > 0.2 * of.norm():  # far more than bf16 makes of it
             how = "its hidden states times one matrix" if logits is read else "decoding with a key-value cache"
-            refuse(f"{type(model).__name__} cannot be used: {how} gives other logits than the model itself")
+            refuse(f"take another model: {how} gives other logits than {type(model).__name__} itself")
 
 
 def sampling_logits(logits, temperature=1.0, top_p=1.0, top_k=0):

@@ -38,8 +38,8 @@ def load_vocab(args, problem_sets):
     for problems in problem_sets:
         encode_prompts(problems, asker, args.thinking, args.instruction)
         _check_known(problems, asker)
+    added = {t for tok in tokenizers.values() for t in tok.get_added_vocab()}  # their roles may differ
     if "teacher" in paths:
-        added = {*student.get_added_vocab(), *asker.get_added_vocab()}  # end tokens among them, whose roles may differ
         ids, ids_of_teacher = ({t: i for t, i in tok.get_vocab().items() if t not in added} for tok in (student, asker))
         if ids != ids_of_teacher:
             refuse("the tokenizers of student and teacher give tokens different ids: choose both from one family")
@@ -49,8 +49,8 @@ def load_vocab(args, problem_sets):
         if any(a.prompt != b.prompt for a, b in zip(probes, problem_sets[0])):
             refuse("--student and --teacher tokenize the same prompt differently: choose both from one family")
     sizes = {role: config.vocab_size for role, config in configs.items()}
-    of_texts = {i for tok in tokenizers.values() for t, i in tok.get_vocab().items() if t not in tok.get_added_vocab()}
-    needed = max(of_texts | {i for problems in problem_sets for p in problems for i in p.prompt}) + 1
+    of_texts = (i for tok in tokenizers.values() for t, i in tok.get_vocab().items() if t not in added)
+    needed = max(max(of_texts), *(max(p.prompt) for problems in problem_sets for p in problems)) + 1
     size = min(sizes.values())
     if needed > size:  # (Gemma 3's tokenizer has one more token, for images, than its small models)
         refuse(

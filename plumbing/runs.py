@@ -361,7 +361,7 @@ class Run:
             for name in os.listdir(self.args.out_dir):
                 if re.fullmatch(r"state-\d+|state\.partial|stable", name):
                     shutil.rmtree(os.path.join(self.args.out_dir, name))
-            os.remove(self.lock.name)
+            Path(self.lock.name).unlink(missing_ok=True)
             print(f"done: {final} is the trained student, {self.args.out_dir}/curves.png the course of the run")
         barrier()  # nobody leaves while the others still need him
 

@@ -97,7 +97,7 @@ def test_a_run_leaves_what_its_contract_says(script, estimator, world, tmp_path)
     assert tokenizer.chat_template and model.config.vocab_size == len(tokenizer)
     saved = json.loads((tmp_path / "run/args.json").read_text())
     assert (saved["estimator"], saved["ends"]) == (estimator, "apart")
-    assert not list((tmp_path / "run").glob("state*"))
+    assert not list((tmp_path / "run").glob("state*")) and not (tmp_path / "run/lock").exists()
 
 
 def test_the_student_moves_and_the_teacher_does_not(world, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""One, two and four processes, and two nodes, do the same: rollouts, loss, gradient, evaluation; states move."""
+"""One, two and four processes, and two with the variables of two nodes, do the same: rollouts, loss, gradient, evaluation; states move."""
 
 import importlib
 import json

@@ -1,6 +1,7 @@
 """evaluate.py and compare.py: the numbers of a run again, from outside, and what is drawn from them."""
 
 import concurrent.futures
+import importlib
 import json
 import shutil
 from collections import Counter
@@ -58,6 +59,16 @@ def test_a_file_that_cannot_be_written_is_said_before_a_model_loads(world, tmp_p
             run("evaluate", model=world["student"], eval_data=world["eval_data"], out_file=path)
 
 
+def test_what_was_sampled_is_printed_even_where_it_cannot_be_written(world, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError("no room")
+
+    monkeypatch.setattr(importlib.import_module("evaluate"), "write_file", full)
+    with pytest.raises(OSError, match="no room"):
+        evaluated(world, capsys, world["student"], eval_max_new_tokens=2, out_file=tmp_path / "all.jsonl")
+    assert "Avg@2" in capsys.readouterr().out
+
+
 def test_levels_are_in_order_of_difficulty(world, tmp_path, capsys):
     rows = [dict(question=f"{level} is how many?", answer="1", level=level) for level in (10, 9, 2)]
     path = write_jsonl(tmp_path / "levels.jsonl", rows)
@@ -107,14 +118,17 @@ def test_answers_without_a_mark_are_wrong_said_so_and_can_be_read_all_the_same(w
 def test_curves_show_what_the_log_has(finished, tmp_path, monkeypatch):
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda *a, label, **more: drawn.append(label) or plot(*a, label=label, **more))
-    draw_curves(shutil.copytree(finished / "seed-0", tmp_path / "run"))
+    draw_curves(shutil.copytree(finished / "seed-0", tmp_path / "cost_$5_lr_$6"))  # which is no mathematics
     assert drawn == ["loss", "entropy", "eval_entropy", "response_len", "eval_len", "avg_at_k", "pass_at_k"]
 
 
-def test_compare_draws_any_runs_together(finished, tmp_path, capsys):
+def test_compare_draws_any_runs_together(finished, tmp_path, monkeypatch):
     dirs = [str(finished / "seed-0"), str(finished / "seed-1")]
     compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path), "--quick"]))  # of no effect here
     assert (tmp_path / "together.png").stat().st_size > 5000
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="without torchrun"):
+        compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path)]))
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
     for seed, row in zip((0, 1), rows, strict=True):
         assert row[0] == f"| {dirs[seed]}"

@@ -47,6 +47,12 @@ def test_every_token_is_shown_once_in_the_terminal_and_in_a_picture(world, tmp_p
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_several_processes_one_shows_it(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(look, "is_main", lambda: False)
+    run("look", **arguments(world, picture=tmp_path / "a.png"))
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
 def test_a_model_beside_itself_is_white(world, capsys):
     run("look", **arguments(world, teacher=world["student"]))
     colours = set(re.findall(r"48;2;(\d+;\d+;\d+)m", capsys.readouterr().out))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import DISTILLATION, ROOT, make_checkpoint, make_tokenizer, read_log, run, write_jsonl
+from conftest import DISTILLATION, ROOT, arguments_of, make_checkpoint, make_tokenizer, read_log, run, write_jsonl
 
 import opd
 from common import forward_kl, make_rollouts, weighted_kl
@@ -128,11 +128,14 @@ def test_a_token_that_no_text_holds_may_lie_beyond_the_vocabulary(world, tmp_pat
         load_vocab(args, [[tasks.Problem("What is <image>?", "1")]])
 
 
-def test_an_end_token_that_a_tokenizer_takes_for_a_word_is_no_part_of_an_answer(world):
-    class Plain:
-        decode = staticmethod(lambda ids, skip_special_tokens: " ".join(map(str, ids)))
-
-    assert tasks.text_of([7, 8, 302], Plain, models.Vocab(303, (300, 302), 0)) == "7 8"
+def test_an_end_token_that_a_tokenizer_takes_for_a_word_is_no_part_of_an_answer(world, tmp_path, monkeypatch):
+    """With every token an end, nothing is left to grade: not in an evaluation, nor for a reward, nor in look.py."""
+    student, texts = make_checkpoint(tmp_path / "student", eos_token_id=list(range(303))), []
+    for module in map(importlib.import_module, ("common", "grpo", "look")):
+        monkeypatch.setattr(module, "grade", lambda text, *_, name=module.__name__: texts.append((name, text)) or False)
+    run("grpo", **arguments_of("grpo", world, student=student, steps=1), out_dir=tmp_path / "run")
+    run("look", student=student, teacher=student, eval_data=world["eval_data"], eval_max_new_tokens=4)
+    assert set(texts) == {("common", ""), ("grpo", ""), ("look", "")}
 
 
 @pytest.mark.parametrize("answer, read", [(5e-5, "0.00005"), (1e16, "10000000000000000"), (27.0, "27.0"), (float("nan"), None)])
