@@ -124,6 +124,9 @@ def test_a_token_that_no_text_holds_may_lie_beyond_the_vocabulary(world, tmp_pat
     tokenizer.save_pretrained(path)
     args = parse(opd.Args, ["--student", str(path), "--teacher", str(path)])
     assert load_vocab(args, [[tasks.Problem("Is 7 prime?", "1")]])[0].size == 303 == len(tokenizer) - 1
+    args.teacher = make_checkpoint(tmp_path / "larger", padded=5)
+    assert load_vocab(args, [[tasks.Problem("Is 7 prime?", "1")]])[0].size == 303, "cropped to what both models have"
+    args.teacher = str(path)
     with pytest.raises(SystemExit, match="ids up to 303"):
         load_vocab(args, [[tasks.Problem("What is <image>?", "1")]])
 
