@@ -74,7 +74,8 @@ def load_vocab(args, problem_sets):
 
 def _check_known(problems, tokenizer):
     """Refuse questions that the tokenizer has no words for: a model learns nothing from them, without complaint."""
-    unknown = [sum(i == tokenizer.unk_token_id for i in p.prompt) / len(p.prompt) for p in problems]
+    unk = tokenizer.unk_token_id  # (looked up anew at every access)
+    unknown = [p.prompt.count(unk) / len(p.prompt) for p in problems]
     share = sum(unknown) / len(unknown)
     if share > 0.05:
         example = problems[unknown.index(max(unknown))].question[:60]
