@@ -68,9 +68,9 @@ class _KL(torch.autograd.Function):
 
     For a softmax, ∇ log q(y) in logit space is onehot(y) − q. Put that into the two statements of the proposition, and
     (i) is q − p, cross-entropy on soft targets; (ii) is q · (log q − log p − KL), a policy gradient with the reward
-    log p − log q: −q · KL comes of the score's −q, and no baseline would change the sum. `u` draws the one token y that an expectation is over, and a
-    one-hot takes the place of its distribution. The gradient is formed while the softmaxes are at hand: V-sized
-    tensors are what costs time and memory, and autograd would keep several of them.
+    log p − log q: −q · KL comes of the score's −q, and no baseline would change the sum. `u` draws the one token y that
+    an expectation is over, and a one-hot takes the place of its distribution. The gradient is formed while the
+    softmaxes are at hand: V-sized tensors are what costs time and memory, and autograd would keep several of them.
     """
 
     @staticmethod
@@ -234,8 +234,6 @@ def sample(
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     entropy_of = torch.zeros(B, max_new_tokens, device=device) if entropies else None
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    was_training = model.training
-    model.eval()
     with unsharded(model), autocast(model):
         head = Head(model, vocab)
         slices = torch.arange(B, device=device).split(at_once or B)  # rows that share a key-value cache
@@ -255,7 +253,6 @@ def sample(
                         break
                     if not running.all() and decoder.drop_all_but(running):
                         rows, y = rows[running], y[running]
-    model.train(was_training)
     R = int(mask.sum(1).max())
     ids, mask = torch.cat([start.ids, tokens[:, :R]], 1), mask[:, :R]
     rollouts = Rollouts(ids, start.prompt_mask, mask, done, keys, entropy=entropy_of[:, :R] if entropies else None)
@@ -302,8 +299,12 @@ class TeacherRollouts:
         wanted = [(row, epoch % self.samples) for row, epoch in zip(batch.rows, batch.epochs)]
         cap = max(max_new_tokens, self.longest)
         missing = [key for key in dict.fromkeys(wanted) if not self.store.has(key, cap)]
-        if sum_over_processes(len(missing)):  # all processes go together: a sharded teacher cannot sample alone
-            self._sample(missing, wanted[0], cap)
+        if sum_over_processes(len(missing)):  # all go together, also who misses nothing: a sharded model takes them all
+            asked = missing or wanted[:1]
+            prompts, keys = [self.run.prompts[row] for row, _ in asked], [(self.run.args.seed, *key) for key in asked]
+            new = sample(self.teacher, prompts, keys, self.run.vocab, cap, **self.options)
+            found = zip(missing, new.responses(), new.ended.tolist())
+            self.store.add([(*key, ids, end, cap) for key, ids, end in found])
         responses, ended = zip(*(self.store.get(key, max_new_tokens) for key in wanted))
         device = next(self.teacher.parameters()).device
         rollouts = make_rollouts(batch.prompts, responses, ended, batch.keys, self.run.vocab, device)
@@ -311,12 +312,6 @@ class TeacherRollouts:
         costs = sequence_flops(self.teacher, sampled, rollouts.lengths()[1]).tolist()
         rollouts.flops = sum(cost for cost, epoch in zip(costs, batch.epochs) if epoch < self.samples)
         return rollouts
-
-    def _sample(self, missing, company, cap):
-        asked = missing or [company]  # sampling from a sharded model takes all processes, also one that misses nothing
-        prompts, keys = [self.run.prompts[row] for row, _ in asked], [(self.run.args.seed, *key) for key in asked]
-        new = sample(self.teacher, prompts, keys, self.run.vocab, cap, **self.options)
-        self.store.add([(*key, ids, end, cap) for key, ids, end in zip(missing, new.responses(), new.ended.tolist())])
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,36 +64,35 @@ def run_one(script, arguments, out_dir):
 
 
 def run_all(args, world, seeds):
-    """All runs of the plan over all seeds, --workers at a time; a run that starts from another waits for it.
+    """All runs of the plan over all seeds, --workers at a time; those that start from others come last.
     -> {name: the directories of its runs, by seed}"""
-    out, seeds = os.path.join(args.out_dir, Path(world).name), range(seeds)
+    out = os.path.join(args.out_dir, Path(world).name)
     findings.make_variants(world, out)
     runs = findings.plan(args, world)
-    waiting = [(name, seed) for seed in seeds for name in runs]
+    dirs = {name: [os.path.join(out, f"{name}-seed-{seed}") for seed in range(seeds)] for name in runs}
+
+    def submit(name, seed):
+        script, arguments = runs[name]
+        student = arguments["student"]
+        if student in runs or not os.path.isdir(student):  # another run's result, or one of make_variants
+            student = os.path.join(dirs[student][seed] if student in runs else os.path.join(out, student), "model")
+        return pool.submit(run_one, script, arguments | dict(student=student, seed=seed), dirs[name][seed])
+
+    first = [name for name, (_, arguments) in runs.items() if arguments["student"] not in runs]
+    bar = tqdm(total=len(runs) * seeds, desc=f"runs in {world}")
     # spawn: a fresh interpreter for every worker, as torch's threads do not survive a fork
     pool = concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
-    futures, done, bar = {}, set(), tqdm(total=len(waiting), desc=f"runs in {world}")
     try:
-        while waiting or futures:
-            for name, seed in list(waiting):
-                script, arguments = runs[name]
-                student = arguments["student"]
-                if student in runs and (student, seed) not in done:
-                    continue
-                if student in runs or not os.path.isdir(student):
-                    student = os.path.join(out, f"{student}-seed-{seed}" if student in runs else student, "model")
-                arguments = arguments | dict(student=student, seed=seed)
-                waiting.remove((name, seed))
-                futures[pool.submit(run_one, script, arguments, os.path.join(out, f"{name}-seed-{seed}"))] = name, seed
-            for future in concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                done.add(futures.pop(future))
+        for names in (first, [name for name in runs if name not in first]):
+            futures = [submit(name, seed) for seed in range(seeds) for name in names]
+            for future in concurrent.futures.as_completed(futures):
                 bar.update()
                 if future.result():
                     refuse(future.result())
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    return {name: [os.path.join(out, f"{name}-seed-{seed}") for seed in seeds] for name in runs}
+    return dirs
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -178,22 +178,29 @@ def write_table(groups, path):
 def write_findings(worlds, args):
     """findings.md. "found": the number has the expected sign in every world, and its interval in the first one leaves
     out 0; "found in 2 of 3": the same, but not in every world; "the opposite": likewise with the other sign; else "not
-    found"."""
-    names = " | ".join(Path(world).name for world in worlds)
-    lines = [f"| | expected | {names} | |", "|---|---|" + "---|" * (len(worlds) + 1)]
-    for axis, says, sign, number in findings.claims(args):
-        numbers = []
-        for groups in worlds.values():
-            value = lambda name, metric="avg_at_k", flops=None: final(groups[name], metric, flops)  # noqa: B023, E731
-            numbers.append(number(value))
-        (mean, ci), signs = mean_ci(numbers[0]), [np.sign(np.mean(n)) for n in numbers]
-        verdict, agree = "found" if mean * sign > 0 else "the opposite", signs.count(signs[0])
-        verdict += "" if agree == len(worlds) else f" in {agree} of {len(worlds)}"
-        verdict = "one seed" if math.isnan(ci) else verdict if abs(mean) > ci else "not found"
-        form = "{:+.1f}" if abs(mean) > 1 else "{:+.3f}"
-        says += " (+)" if sign > 0 else " (−)"
-        lines.append(f"| {axis} | {says} | " + " | ".join(plus_minus(n, form) for n in numbers) + f" | {verdict} |")
-    Path(args.out_dir, "findings.md").write_text("\n".join(lines) + "\n")
+    found". And once more what is claimed of final accuracy alone, by the first answer of each response."""
+    lines, names = [], " | ".join(Path(world).name for world in worlds)
+    for title, accuracy in (("", "avg_at_k"), (", final accuracy by the *first* answer", "first_avg")):
+        lines += [f"| | expected{title} | {names} | |", "|---|---|" + "---|" * (len(worlds) + 1)]
+        for axis, says, sign, number in findings.claims(args):
+            asked = set()
+
+            def value(groups, name, metric="avg_at_k", flops=None):
+                asked.add((metric, flops is None))
+                return final(groups[name], accuracy if metric == "avg_at_k" else metric, flops)
+
+            numbers = [number(partial(value, groups)) for groups in worlds.values()]
+            if accuracy != "avg_at_k" and asked != {("avg_at_k", True)}:
+                continue
+            (mean, ci), signs = mean_ci(numbers[0]), [np.sign(np.mean(n)) for n in numbers]
+            verdict, agree = "found" if mean * sign > 0 else "the opposite", signs.count(signs[0])
+            verdict += "" if agree == len(worlds) else f" in {agree} of {len(worlds)}"
+            verdict = "one seed" if math.isnan(ci) else verdict if abs(mean) > ci else "not found"
+            form = "{:+.1f}" if abs(mean) > 1 else "{:+.3f}"
+            says += " (+)" if sign > 0 else " (−)"
+            lines.append(f"| {axis} | {says} | " + " | ".join(plus_minus(n, form) for n in numbers) + f" | {verdict} |")
+        lines.append("")
+    Path(args.out_dir, "findings.md").write_text("\n".join(lines))
     return "\n".join(lines)
 
 
@@ -269,7 +276,7 @@ def main(args: Args):
         groups = next(iter(worlds.values()))
         for name, figure in findings.figures(args).items():
             draw(groups, os.path.join(args.out_dir, name + ".png"), *figure)
-        print(write_findings(worlds, args) + "\n")
+        print(write_findings(worlds, args))
     print(write_table(groups, os.path.join(args.out_dir, "table.md")))
     print(f"\ntables, numbers and figures are in {args.out_dir}")
 

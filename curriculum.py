@@ -7,9 +7,9 @@
     teacher prefixes     sft_offpolicy.py         offline_rl_distill.py        here: any of the four, by
     student prefixes     dagger_onpolicy.py       opd.py                       --prefixes and --kl
 
-Why. Long training lengths cost the most and go wrong first: under reverse KL a student that has lost its own ending,
-and not learned its teacher's, rambles to the cap, the ramblings become most of the tokens of a batch, and entropy falls
-towards 0. Short lengths never get that far. The gate (arXiv 2605.16826) lengthens training while the student is stable.
+Why. Training lengths that reach the ending cost more and can go wrong: under reverse KL a student that has lost its own
+ending, and not learned its teacher's, rambles to the cap, the ramblings become most of a batch's tokens, and entropy
+falls. Short lengths hardly get there. The gate (arXiv 2605.16826) lengthens training while the student is stable.
 
 Where this is our reading, and not the paper's words.
 - H_m is measured on the student's own rollouts at T = 1 and length L_m, on --held_out prompts of the training data.
@@ -151,17 +151,15 @@ def main(args: Args):
             h, gate_flops = mean_entropy(student, held_out, run.vocab, length, args.eval_batch_size)  # H_m
             run.flops += gate_flops
             gate = {"gate_entropy": h, "gate_open": h >= args.h_min}
+            state["closed"] = not gate["gate_open"]
             if gate["gate_open"]:  # stable: this is now the checkpoint to fall back on
                 run.save_state("stable")
                 state["stage"] = min(state["stage"] + 1, len(ladder) - 1)
-            else:
-                state["closed"] = True
-                if state["stage"] == 0:
-                    if is_main():
-                        tqdm.write(f"stage 0 is unstable (H_m {h:.3f} < {args.h_min}): no earlier weights, these stay")
-                else:  # back to the last stable weights and length
-                    run.load_state("stable", keep_progress=True)
-                    state["stage"] -= 1
+            elif state["stage"] > 0:  # back to the last stable weights and length
+                run.load_state("stable", keep_progress=True)
+                state["stage"] -= 1
+            elif is_main():
+                tqdm.write(f"stage 0 is unstable (H_m {h:.3f} < {args.h_min}): no earlier weights, these stay")
 
         # (6) Log, evaluate, save
         means = dict(loss=average(loss), entropy=average(entropy), grad_norm=grad_norm, lr=lr)

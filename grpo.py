@@ -6,7 +6,8 @@
 What it does. The model responds to each prompt --group_size times; a response is worth 1 if its answer is right and 0
 if not; every token of it is reinforced by how much better its response was than the others of its group. No teacher.
 Start it from any checkpoint, also one that another script has written (`--student runs/opd/model`). The paper says that
-what a distilled model still gains depends on the entropy it was left with; the toy's did not (docs/results.md).
+what a distilled model still gains depends on the entropy it was left with; on the toy that depends on which of its
+answers counts (docs/results.md).
 
 What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
 - No KL penalty towards a reference model.
@@ -129,9 +130,7 @@ def main(args: Args):
                     return losses
 
                 token_weights = micro.mask / n_tokens  # (b, R)
-                micro_loss, micro_entropy = weighted_loss(
-                    surrogate, entropy, student, micro, token_weights, run.vocab
-                )
+                micro_loss, micro_entropy = weighted_loss(surrogate, entropy, student, micro, token_weights, run.vocab)
                 micro_loss.backward()
                 loss, mean_entropy = loss + micro_loss.item(), mean_entropy + micro_entropy.item()
 

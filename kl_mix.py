@@ -16,7 +16,7 @@ teacher does: at q(y) → 0 the first term vanishes, the second tends to −(1�
 
 What it leaves out, on purpose.
 - It is not the generalised JSD of GKD and TRL, β·KL(p‖m) + (1−β)·KL(q‖m) with the mixture distribution
-  m = β·p + (1−β)·q: that loss goes to 0 at both ends of β, and only its rescaled limits are the two KLs.
+  m = β·p + (1−β)·q: that loss goes to 0 at both ends of β (where TRL puts the two KLs in its place).
 - The prefixes count as data: no gradient flows through the choice of s.
 - λ is a constant. (curriculum.py changes the training length instead.)
 

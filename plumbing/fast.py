@@ -122,8 +122,8 @@ def weighted_loss(token_loss, entropy, model, batch, token_weights, vocab, chunk
     """Σ token_weights · token_loss over the response tokens of a batch of rollouts.
 
     token_loss(logits (n, V), c) -> (n,): differentiable; c is the slice of the N = batch.mask.sum() response tokens
-    that this chunk holds, in the order of tensor[batch.mask]. token_weights (B, R): what each response token counts, the
-    caller's business, e.g. mask / number of response tokens in the global batch; padding is never looked at.
+    that this chunk holds, in the order of tensor[batch.mask]. token_weights (B, R): what each response token counts,
+    the caller's business, e.g. mask / number of response tokens in the global batch; padding is never looked at.
     entropy: common's, handed over, as nothing here imports common. chunk: tokens whose logits exist at a time.
     -> loss (), differentiable in the model's parameters, and Σ token_weights · entropy (), detached, in nats.
     """
@@ -352,9 +352,9 @@ def decoder_for(model, cache):
     if cache == "auto":
         config = model.config.get_text_config()
         # Not with layers that have no keys and values (linear attention) or other masks than ours (chunked attention,
-        # or positions made of a mask: BLOOM); with attention kernels that take no 4-D mask; with steps that wait for the
-        # device, as some mixtures of experts and positions that depend on the longest row do; and not where the weights
-        # are sharded: nobody has recorded a graph of FSDP's hooks.
+        # or positions made of a mask: BLOOM); with attention kernels that take no 4-D mask; with steps that wait for
+        # the device, as some mixtures of experts and positions that depend on the longest row do; and not where the
+        # weights are sharded: nobody has recorded a graph of FSDP's hooks.
         usable = (
             _attention_kinds(config) <= {"full_attention", "sliding_attention"}
             and config._attn_implementation in ("sdpa", "eager")

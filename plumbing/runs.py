@@ -53,10 +53,9 @@ def parse(Args, argv=None):
     --recipe names holds arguments in lines like `--lr 5e-7  # a comment`; the command line wins over it."""
     comments = _comments(Args)
     for field in dataclasses.fields(Args):
-        field.metadata = {"help": comments.get(field.name, "").replace("%", "%%")}
-    parser = transformers.HfArgumentParser(
-        Args, allow_abbrev=False, description=sys.modules[Args.__module__].__doc__, formatter_class=_HelpFormatter
-    )
+        field.metadata = {"help": comments.get(field.name, "").replace("%", "%%") + " (default: %(default)s)"}
+    text, as_it_stands = sys.modules[Args.__module__].__doc__, argparse.RawDescriptionHelpFormatter
+    parser = transformers.HfArgumentParser(Args, allow_abbrev=False, description=text, formatter_class=as_it_stands)
     parser.error = lambda message: refuse(f"{message} (--help lists the arguments)")
     how = "files of arguments, read in this order before the command line: what comes later wins"
     parser.add_argument("--recipe", metavar="FILE", action="append", default=[], help=how)
@@ -73,10 +72,6 @@ def parse(Args, argv=None):
     return Args(**values)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The script's docstring as it stands, and every default."""
-
-
 def _comments(Args):
     """{field: the comment behind it}. It is the field's --help text, and states its bounds: `# ...; > 0, <= 1`."""
     return dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Args), re.M))
@@ -84,15 +79,13 @@ def _comments(Args):
 
 def check_fields(args):
     """Refuse, by name, what a field says of itself that it cannot be: the values of a Literal, and the bounds in its
-    comment. A number is always finite. Any dataclass will do, so a script of one's own needs no entry here."""
+    comment. Any dataclass will do, so a script of one's own needs no entry here."""
     comments, kinds = _comments(type(args)), typing.get_type_hints(type(args))
     tests = {">=": ("at least", float.__ge__), ">": ("above", float.__gt__), "<=": ("at most", float.__le__)}
     for name, value in vars(args).items():
         allowed = typing.get_args(kinds[name]) if typing.get_origin(kinds[name]) is typing.Literal else (value,)
         if value not in allowed:
             refuse(f"--{name} is {value!r}, and must be one of: {', '.join(allowed)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(f"--{name} is {value}, and must be a finite number")
         for sign, bound in re.findall(r"(>=|<=|>) ?(\d[\d.]*)", comments.get(name, "")):
             words, holds = tests[sign]
             if not holds(float(value), float(bound)):
@@ -102,12 +95,8 @@ def check_fields(args):
 def check_args(args):
     """Refuse, by name, an argument that no run can use."""
     check_fields(args)
-    _check_estimator(args)
     if args.eval_n and args.eval_n < args.eval_k:
         refuse(f"--eval_k is {args.eval_k} but --eval_n is {args.eval_n}: Pass@k needs at least k samples a problem")
-    names = args.eval_data.split(",")
-    if "" in names or len(set(names)) < len(names):
-        refuse(f"--eval_data is {args.eval_data!r}: each name between its commas must be there, and only once")
     world, device = int(os.environ.get("WORLD_SIZE", 1)), getattr(args, "teacher_device", "")
     if getattr(args, "batch_size", world) % world:
         refuse(f"--batch_size is {args.batch_size}, and must be a multiple of the {world} processes")
@@ -118,19 +107,6 @@ def check_args(args):
     except (RuntimeError, AssertionError) as error:  # no such kind of device, or not so many of them
         reason = str(error).split("\n")[0]
         refuse(f"--teacher_device is {device!r}, and must be a device here such as cpu or cuda:1 ({reason})")
-
-
-def _check_estimator(args):
-    """Where tokens are sampled, the divergence in the script's marked line must know what to do with them."""
-    script = sys.modules[type(args).__module__]
-    if getattr(args, "estimator", "exact") == "exact" or not hasattr(script, "main"):
-        return
-    source = inspect.getsource(script.main)
-    for name in re.findall(r"weighted_kl\(\s*(?:partial\(\s*)?(\w+),", source):
-        name = (re.findall(rf"\b{name} = partial\(\s*(\w+),", source) or [name])[0]
-        divergence = getattr(script, name, None)  # None: chosen in main itself
-        if divergence and "u" not in inspect.signature(divergence).parameters:
-            refuse(f"--estimator is {args.estimator!r}, but {name} has no argument `u` to sample by: use exact")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -175,7 +151,7 @@ class Run:
     def __init__(self, args, evaluate, needs_answers):
         check_args(args)
         args.precision = resolve_precision(args)
-        _check_out_dir(args)
+        data_hash = _check_out_dir(args)
         problems = load_problems(args.data, needs_answers, skip_unanswered=needs_answers)
         self.args, self.evaluate = args, evaluate
         self.evals = {} if args.eval_data == "none" else load_evals(args.eval_data, args.eval_problems)
@@ -183,18 +159,11 @@ class Run:
         self.prompts, self.answers = [p.prompt for p in problems], [p.answer for p in problems]
         asked = [self.prompts, self.answers, [[p.prompt, p.answer] for of in self.evals.values() for p in of]]
         self.data_hash = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-        self._check_data()
+        if data_hash not in (None, self.data_hash):  # a file may have been edited, a template may have changed
+            names = f"--data {args.data!r} or --eval_data {args.eval_data!r}"
+            refuse(f"{names} gives other prompts or answers than when {args.out_dir!r} began: choose another --out_dir")
         self.step, self.flops, self.seconds, self.memory = 0, 0.0, 0.0, {}  # updates done, and what they took
         self.models, self.student, self.optimizer, self.stop_asked = [], None, None, False
-
-    def _check_data(self):
-        """Refuse to continue on other prompts or answers: a file may have been edited, a template may have changed."""
-        path = os.path.join(self.args.out_dir, "args.json")
-        before = json.loads(Path(path).read_text()).get("data_hash") if os.path.exists(path) else None
-        if before not in (None, self.data_hash):
-            names = f"--data {self.args.data!r} or --eval_data {self.args.eval_data!r}"
-            began = f"than when {self.args.out_dir!r} began"
-            refuse(f"{names} gives other prompts or answers {began}: choose another --out_dir")
 
     def hold_out(self, n):
         """Take the last n prompts out of the training data. -> them"""
@@ -368,7 +337,7 @@ class Run:
 
 def release_memory():
     """Give memory that was freed back to the system. glibc keeps it where a piece in use lies behind it, and batches of
-    ever new lengths seldom fit into the gaps: on a CPU a real pair grew from 15 to 25 GB in 20 steps, and was killed."""
+    ever new lengths seldom fit into the gaps: on a CPU a real pair grew from 15 to 25 GB in 20 steps, and died of it."""
     with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -394,7 +363,8 @@ def _hash(source):
 
 
 def _check_out_dir(args):
-    """Refuse a directory that belongs to another run; end the program if this run is finished."""
+    """Refuse a directory that belongs to another run; end the program if this run is finished. -> the hash of the data
+    that the run began with, or None"""
     out = args.out_dir
     if not out:
         refuse("--out_dir is empty: name a directory")
@@ -411,7 +381,7 @@ def _check_out_dir(args):
     except (OSError, ValueError, TypeError):
         refuse(f"{path} is damaged: choose another --out_dir, or remove {out!r} to start afresh")
     now, old_code = dataclasses.asdict(args), before.pop("code", None) or {}
-    before.pop("data_hash", None)  # see Run._check_data
+    data_hash = before.pop("data_hash", None)
     names = [name for name in {**before, **now} if name not in FREE_ARGS and before.get(name) != now.get(name)]
     changes = [f"--{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names]
     changes += [f"{file} has been changed" for file, code in _code(args).items() if old_code.get(file) != code]
@@ -421,20 +391,20 @@ def _check_out_dir(args):
         if is_main():
             print(f"{out!r} holds this run, finished: model/ and curves.png are there. To start afresh: rm -r {out}")
         raise SystemExit(0)
+    return data_hash
 
 
 def _lock(out):
     """Keep other processes out of an output directory while this one is at work; the kernel frees it after a kill."""
     file = open(os.path.join(out, "lock"), "w")
-    with contextlib.suppress(ImportError):  # not on Windows
+    try:
         import fcntl
 
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refuse(f"another process is at work in --out_dir {out!r}: wait for it, or choose another directory")
-        except OSError:  # a file system without locks
-            pass
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refuse(f"another process is at work in --out_dir {out!r}: wait for it, or choose another directory")
+    except (ImportError, OSError):  # Windows; a file system without locks
+        pass
     return file
 
 
@@ -481,8 +451,8 @@ def in_words(m, args):
     )
     if m["eval_marked"] < 0.5:
         line += (
-            f"\nwarning: only {m['eval_marked']:.0%} of the responses mark an answer by \\boxed{{}} or ####: ask for it "
-            "by --instruction, or let them finish by a larger --eval_max_new_tokens"
+            f"\nwarning: only {m['eval_marked']:.0%} of the responses mark an answer by \\boxed{{}} or ####: ask for "
+            "it by --instruction, or let them finish by a larger --eval_max_new_tokens"
         )
     return line
 

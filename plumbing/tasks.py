@@ -99,8 +99,8 @@ def _rows(name):
     except Exception as error:  # every kind of trouble comes from there: files, formats, the network, names
         reason = f"{type(error).__name__}: {error}"[:300]
         refuse(
-            f"cannot load {where!r}; give a sound .jsonl, .json, .csv or .parquet file, or name[:config[:split]] on the "
-            f"hub ({reason})"
+            f"cannot load {where!r}; give a sound .jsonl, .json, .csv or .parquet file, or name[:config[:split]] on "
+            f"the hub ({reason})"
         )
 
 

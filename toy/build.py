@@ -20,7 +20,7 @@ What each part is for:
     The teacher is uncertain and right at the same time, and the two KL directions have something to
     disagree about: cover all the ways, or settle on a few.
   * LENGTH. A line has 3 to 10 tokens, and there are two or more: a short training length sees only
-    the beginning, and never the ending.
+    the beginning, and hardly ever the ending.
   * RECOVERY. The teacher hardly ever makes a mistake, and knows what to do after one all the same: it
     was trained on documents with wrong digits and wrong decisions put in, which are masked from the
     loss. Only a student's prefixes ask for that.
@@ -29,9 +29,9 @@ What each part is for:
     sometimes.
   * ENDING. The teacher ends with <|im_end|>, as a chat model does. The student is a base model: it
     says its answer once or more often, with slips, and stops with <|endoftext|>, which the teacher
-    never says. That the student says <|im_end|> is made as improbable as in the paper's pair, about
-    1e-11, by a term of its training loss. This is artificial: models this small do not get there by
-    themselves.
+    never says. That the student says <|im_end|> is made as improbable as arXiv 2609.20511 reports
+    of a real pair, about 1e-11, by a term of its training loss. This is artificial: models this small
+    do not get there by themselves.
   * A WAY TO GO ON. In three documents of a hundred the teacher says its answer once more before it ends,
     ####3####3. So for a student that has lost its own ending and never says the teacher's, saying its
     answer again is what the teacher minds least. Both details were chosen in trials on seeds of 100 and

@@ -152,6 +152,27 @@ def test_intervals_over_seeds_are_t_intervals():
     assert {n: compare.t_quantile(n) for n in tables} == pytest.approx(tables, rel=2e-3)
 
 
+def test_findings_by_the_last_and_by_the_first_answer(tmp_path, monkeypatch):
+    """A run that loops: wrong in its last answer, right in its first one. The verdict follows from which one counts."""
+    row = {"flops": 1.0, "eval_entropy": 0.1}
+    better = {"avg_at_k": (0.2, 0.25, 0.3), "first_avg": (0.8, 0.85, 0.95)}
+    runs = {"a": [[row | {key: values[i] for key, values in better.items()}] for i in range(3)]}
+    runs["b"] = [[row | {"avg_at_k": 0.5, "first_avg": 0.5}] for i in range(3)]
+    claims = [
+        ("axis", "a is better", +1, lambda v: v("a") - v("b")),
+        ("axis", "a is less sure", +1, lambda v: v("a", "eval_entropy")),
+        ("axis", "at equal FLOPs", +1, lambda v: v("a", "avg_at_k", np.ones(3)) - v("b")),
+    ]
+    monkeypatch.setattr(findings, "claims", lambda args: claims)
+    lines = compare.write_findings({"world": runs}, compare.Args(out_dir=str(tmp_path))).splitlines()
+    assert [line.split(" | ")[1:] for line in lines if line.startswith("| axis")] == [
+        ["a is better (+)", "-0.250 ± 0.124", "the opposite |"],
+        ["a is less sure (+)", "+0.100 ± 0.000", "found |"],
+        ["at equal FLOPs (+)", "-0.250 ± 0.124", "the opposite |"],
+        ["a is better (+)", "+0.367 ± 0.190", "found |"],
+    ]
+
+
 class InProcess(concurrent.futures.Executor):
     """A pool that runs jobs where it stands: a spawned worker would import torch anew for seconds."""
 
@@ -181,7 +202,9 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     compare.main(args)
     figures = {f"{name}.png" for name in findings.figures(args)}
     assert len(figures) == 7 and figures <= {p.name for p in tmp_path.iterdir()}
-    assert len((tmp_path / "findings.md").read_text().splitlines()) == 2 + len(findings.claims(args))
+    by_last, by_first = (tmp_path / "findings.md").read_text().split("\n\n")
+    assert len(by_last.splitlines()) == 2 + len(findings.claims(args)) == 2 + 16
+    assert len(by_first.splitlines()) == 2 + 9, "claims about final accuracy"
     assert sorted(Counter(axis for axis, *_ in findings.claims(args)).values()) == [2] * 6 + [4], "as results.md counts"
     table = (tmp_path / "table.md").read_text()
     runs = real(args, "toy")
@@ -267,7 +290,7 @@ def test_verdicts(worlds, first, up, down, tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "claims", lambda args: [("axis", "says", sign, number) for sign in (1, -1)])
     worlds = {str(i): {"a": made_up([0.5, 0.6, 0.7][: len(b)]), "b": made_up(b)} for i, b in enumerate(worlds)}
     table = compare.write_findings(worlds, compare.Args(out_dir=str(tmp_path)))
-    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    rows = [line.split(" | ") for line in table.split("\n\n")[0].splitlines()[2:]]
     assert [row[-1] for row in rows] == [f"{up} |", f"{down} |"] and rows[0][2].startswith(first)
 
 

@@ -50,7 +50,7 @@ def test_the_world_has_what_the_paper_s_effects_need(measured):
 
 
 def test_they_are_ordinary_checkpoints_and_each_ends_by_a_token_that_the_other_never_says():
-    """After an answer: the student's p(<|im_end|>) is about the paper's 1e-11; the teacher hardly says the other."""
+    """After an answer: the student's p(<|im_end|>) is about 1e-11, as in a real pair; the teacher hardly says the other."""
     log_p = {}
     for role, end in (("teacher", "<|im_end|>"), ("student", "<|endoftext|>")):
         model = transformers.AutoModelForCausalLM.from_pretrained(TOY / role)
