@@ -8,8 +8,8 @@
     student prefixes     dagger_onpolicy.py       opd.py                       --prefixes and --kl
 
 Why. Training lengths that reach the ending cost more and can go wrong: under reverse KL a student that has lost its own
-ending, and not learned its teacher's, rambles to the cap, the ramblings become most of a batch's tokens, and entropy
-falls. Short lengths hardly get there. The gate (arXiv 2605.16826) lengthens training while the student is stable.
+ending, and not learned its teacher's, rambles to the cap, and entropy falls. Short lengths hardly get there. The gate
+(arXiv 2605.16826) lengthens training while the student is stable.
 
 Where this is our reading, and not the paper's words.
 - H_m is measured on the student's own rollouts at T = 1 and length L_m, on --held_out prompts of the training data.
@@ -161,10 +161,9 @@ def main(args: Args):
             elif is_main():
                 tqdm.write(f"stage 0 is unstable (H_m {h:.3f} < {args.h_min}): no earlier weights, these stay")
 
-        # (6) Log, evaluate, save
+        # (6) Log, evaluate, save; also at every gate: "stable" must not be newer than what a killed run continues from.
         means = dict(loss=average(loss), entropy=average(entropy), grad_norm=grad_norm, lr=lr)
         last = state["closed"] and args.on_closed == "stop"
-        # A state at every gate: "stable" must not be newer than what a killed run continues from.
         run.end_step(step, rollouts, last=last, save=at_gate, train_len=length, **gate, **means)
 
     run.finish()
