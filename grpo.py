@@ -6,7 +6,7 @@
 What it does. The model responds to each prompt --group_size times; a response is worth 1 if its answer is right and 0
 if not; every token of it is reinforced by how much better its response was than the others of its group. No teacher.
 Start it from any checkpoint, also one that another script has written (`--student runs/opd/model`). The paper says that
-what a distilled model still gains depends on the entropy it was left with; on the toy that depends on which of its
+what a distilled model still gains depends on the entropy it was left with; on the toy it is a matter of which of its
 answers counts (docs/results.md).
 
 What it leaves out, on purpose, of GRPO (arXiv 2402.03300).

@@ -25,7 +25,7 @@ What each part is for:
     was trained on documents with wrong digits and wrong decisions put in, which are masked from the
     loss. Only a student's prefixes ask for that.
   * A STUDENT THAT CAN ALREADY DO IT. It has one weakness, a wrong digit in one step of five, and
-    compares its lines, though not reliably: it answers half of the problems, and every problem
+    compares its lines, though not reliably: it is right half of the time, and on every problem
     sometimes.
   * ENDING. The teacher ends with <|im_end|>, as a chat model does. The student is a base model: it
     says its answer once or more often, with slips, and stops with <|endoftext|>, which the teacher
@@ -36,7 +36,7 @@ What each part is for:
     ####3####3. So for a student that has lost its own ending and never says the teacher's, saying its
     answer again is what the teacher minds least. Both details were chosen in trials on seeds of 100 and
     above. With two documents of a hundred a loop was so unsure of itself that entropy rose; with five,
-    one of two teachers had it repeat the right answer, and it cost nothing but length. With a line break
+    one of two teachers had it mostly repeat the right answer, and it cost less. With a line break
     between the answers, moving towards it raised <|im_end|> as well, by accident, and in one world of three
     OPD found its way out of the loop, whether the floor was 25, 30 or 40 nats (with 35 it did not).
 """
