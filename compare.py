@@ -1,14 +1,14 @@
 """Compare runs: the paper's findings, their causes switched on and off, over seeds and worlds; or any runs you have.
 
-    python compare.py                       all runs of the findings, 5 seeds, 2 at a time; then tables and figures
-    python compare.py --quick               one seed: the shape of it all
+    python compare.py --seeds 1             all runs of the findings, one seed: the shape of it all
+    python compare.py                       ... 5 seeds, 2 runs at a time; then tables and figures
     python compare.py runs/opd runs/sft_offpolicy        draw these output directories together, in runs/together
 
 A world is a folder as toy/build.py makes it: teacher, student, problems. Every run is an ordinary run of an ordinary
 script, in --out_dir/WORLD/NAME-seed-N: one that is finished is not repeated, one that Ctrl-C stopped continues, one
-that was killed begins anew. What is written to --out_dir: results.json (every number that the rest is
-made of), table.md (means over seeds, ± half the width of the 95 % t-interval), findings.md (what the paper says against
-what these runs say, as differences between runs of the same seed), and figures as PNG.
+that was killed begins anew. What is written to --out_dir: results.json (every number that the rest is made of),
+table.md (means over seeds, ± half the width of the 95 % t-interval), findings.md (what the paper says against what
+these runs say, as differences between runs of the same seed), and figures as PNG.
 """
 
 import concurrent.futures
@@ -41,7 +41,6 @@ class Args:
     seeds: int = 5  # runs of each kind in the first world, seeds 0, 1, ...; >= 1
     other_seeds: int = 1  # runs of each kind in the other worlds, for the signs; >= 1
     workers: int = 2  # runs at the same time, one thread each; >= 1
-    quick: bool = False  # one seed of each, in --out_dir with -quick behind it
     steps: int = 150  # updates of every distillation run; >= 1
     short: int = 8  # the short training length, tokens: a response's first line and a half; >= 1
     length: int = 96  # the long one, where everything is cut: several times a response; >= 1
@@ -247,9 +246,6 @@ def main(args: Args):
     check_fields(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse("compare.py starts processes of its own: run it without torchrun")
-    if args.quick and not args.dirs:
-        args.seeds = args.other_seeds = 1
-        args.out_dir = args.out_dir.rstrip("/") + "-quick"
     if args.dirs:
         args.out_dir = "runs/together" if args.out_dir == Args.out_dir else args.out_dir  # not over the findings
         groups, colors = {path: [read(path)] for path in args.dirs}, findings.COLORS

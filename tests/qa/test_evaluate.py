@@ -124,7 +124,7 @@ def test_curves_show_what_the_log_has(finished, tmp_path, monkeypatch):
 
 def test_compare_draws_any_runs_together(finished, tmp_path, monkeypatch):
     dirs = [str(finished / "seed-0"), str(finished / "seed-1")]
-    compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path), "--quick"]))  # of no effect here
+    compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path)]))
     assert (tmp_path / "together.png").stat().st_size > 5000
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="without torchrun"):
