@@ -132,7 +132,6 @@ BEFORE_MODELS = {
     "abbreviated flag": (dict(step=3), "unrecognized arguments: --step", "--help"),
     "word for a number": (dict(steps="ten"), "--steps", "invalid int value: 'ten'"),
     "fraction for a count": (dict(batch_size="2.5"), "--batch_size", "invalid int value"),
-    "flag without a value": (dict(lr="--steps"), "--lr", "expected one argument"),
     "flag that is neither yes nor no": (dict(thinking="perhaps"), "--thinking", "perhaps"),
     # arguments that no run can use
     "unknown estimator": (dict(estimator="k3"), "--estimator: invalid choice: 'k3'", "exact", "sampled"),
@@ -148,15 +147,9 @@ BEFORE_MODELS = {
     "args.json of something else": (in_the_way("args.json", "[1]"), "args.json is damaged", "--out_dir"),
     # data
     "no data file": (dict(data="nowhere.jsonl"), "cannot load 'nowhere.jsonl'", "No such file"),
-    "no evaluation file": (dict(eval_data="nowhere.jsonl"), "cannot load 'nowhere.jsonl'", "No such file"),
-    "directory for data": (dict(data=lambda folder, world: str(folder)), "cannot load", "give a sound .jsonl"),
-    "no data name": (dict(data=""), "cannot load ''", "give a sound .jsonl"),
     "empty file": (data("a.jsonl", "\n\n"), "a.jsonl: no rows"),
     "not JSON": (data("a.jsonl", '{"question": "a"}\n{"question": \n'), "a.jsonl, line 2'", "JSONDecodeError"),
     "JSON without columns": (data("a.jsonl", '{"question": "a"}\n["b"]\n'), "row 2", "object", "list"),
-    "a table that is not a list": (data("a.json", '{"question": "a"}'), "a.json, row 1: needs an object"),
-    "damaged .json": (data("a.json", "[{]"), "a.json'", "JSONDecodeError"),
-    "binary file": (data("a.jsonl", b"\x89PNG\r\n\x1a\n\xff\xfe"), "cannot load", "a.jsonl", "decode"),
     "damaged parquet": (data("a.parquet", b"PAR1 not really"), "cannot load", "a.parquet"),
     "unknown kind of file": (data("a.xlsx", b"PK"), "cannot load", "a.xlsx", ".jsonl"),
     "not on the hub": (dict(data="no-such-organisation/no-such-data"), "'no-such-organisation/no-such-data'", "hub"),
@@ -176,21 +169,18 @@ BEFORE_MODELS = {
     ),
     # models
     "no such student": (dict(student="no-such-organisation/no-such-model"), "student 'no-such", "is no folder here"),
-    "no such folder": (dict(teacher="/no/such/folder"), "the teacher '/no/such/folder'", "is no folder here"),
-    "empty name of a model": (dict(student=""), "the student ''", "is no folder here"),
     "folder of something else": (student(remove("config.json")), "no config.json", "student"),
     "folder without weights": (teacher(remove("model.safetensors")), "no weights", "teacher"),
     "config.json not JSON": (student(write("config.json", "{")), "the student", "config.json"),
     "unknown architecture": (student(setting("config.json", model_type="qwen99")), "qwen99"),
     "not a causal model": (teacher(write("config.json", '{"model_type": "vit"}')), "vit", "causal language model"),
-    "impossible config": (student(setting("config.json", vocab_size="many")), "the student", "again", "vocab"),
     "bad generation_config.json": (teacher(write("generation_config.json", "{")), "generation_config.json", "delete"),
     "no tokenizer": (student(remove("tokenizer.json", "tokenizer_config.json")), "no tokenizer", "student"),
     "damaged tokenizer": (teacher(write("tokenizer.json", "{")), "the teacher", "Tokenizer"),
     "no chat template": (teacher(remove("chat_template.jinja")), "no chat template", "chat_template.jinja"),
     "bad chat template": (teacher(write("chat_template.jinja", "{% for m in %}")), "chat template fails"),
-    "other tokens": (teacher(other_tokenizer(vocab_size=280)), "of student", "one family"),
-    "other merges": (teacher(other_tokenizer(corpus=["zebra " * 150])), "tokenizers", "one family"),
+    "fewer tokens": (teacher(other_tokenizer(vocab_size=280)), "tokenizers of student", "one family"),
+    "other merges": (teacher(other_tokenizer(corpus=["zebra " * 150])), "tokenizers of student", "one family"),
     "other tokenization": (student(without_merges), "tokenize the same prompt differently", "one family"),
     "few logits": (student(setting("config.json", vocab_size=290)), "ids up to 302", "'student': 290"),
     "no end token": (student(*NO_END) | teacher(*NO_END), "end token", "eos_token_id", "config.json"),
@@ -200,18 +190,11 @@ BEFORE_MODELS |= {
     for name, values in OUT_OF_BOUNDS.items() for value in values
 }  # fmt: skip
 WITH_MODELS = {
-    "weights not fetched": (
-        student(write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n")),
-        "is damaged or incomplete", "again",
-    ),
     "weights cut short": (teacher(lambda path: halve(path / "model.safetensors")), "is damaged or incomplete", "again"),
     "other shape": (student(setting("config.json", intermediate_size=96)), "do not fit", "config", "mlp"),
     "a missing weight": (teacher(weights(lambda tensors: tensors.pop("model.norm.weight"))), "do not fit", "1 missing"),
 }  # fmt: skip
-NOT_FINITE = {
-    "a diverging teacher": (teacher(NAN), "step 1", "nan"),
-    "a diverging student": (student(NAN), "nan"),
-}
+NOT_FINITE = {"a diverging teacher": (teacher(NAN), "step 1", "nan"), "a diverging student": (student(NAN), "nan")}
 ONLY_CURRICULUM = {
     "no lengths": (dict(lengths=""), "--lengths is ''"),
     "a length that is no number": (dict(lengths="4,x"), "--lengths is '4,x'"),
@@ -299,38 +282,13 @@ NEW_FIELDS = FIELD + (
 )
 
 
-@pytest.mark.parametrize(
-    "field, value, says",
-    [
-        ("alpha", 0.0, "--alpha is 0.0, and must be above 0"),
-        ("alpha", 1.5, "--alpha is 1.5, and must be at most 1"),
-        ("seed", -1, "--seed is -1, and must be at least 0"),
-        ("alpha", math.nan, "--alpha is nan, and must be above 0"),
-        ("shape", "oval", "--shape is 'oval', and must be one of: round, square"),
-    ],
-)
-def test_new_fields_are_checked_by_what_they_say(field, value, says, tmp_path, monkeypatch):
+def test_new_fields_are_checked_by_what_they_say(tmp_path, monkeypatch):
     mine = sibling(tmp_path, monkeypatch, (FIELD, NEW_FIELDS))
     runs.check_args(mine.Args())
-    with pytest.raises(SystemExit, match=says):
-        runs.check_args(mine.Args(**{field: value}))
-
-
-def test_a_divergence_that_cannot_be_sampled(world, tmp_path, monkeypatch):
-    """Total variation has no `u`: an error of Python's names it with --estimator sampled; good enough without."""
-    plain = (
-        "def total_variation(student_logits, teacher_logits):\n"
-        "    return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2\n\n\n"
-    )
-    call, head = "weighted_kl(\n                reverse_kl,", "@dataclass\nclass Args"
-    edits = (call, call.replace("reverse_kl", "total_variation")), (head, plain + head)
-    mine = sibling(tmp_path, monkeypatch, *edits)
-    arguments = world | {"out_dir": str(tmp_path / "run")}
-    with pytest.raises(TypeError, match=r"total_variation\(\) got an unexpected keyword argument 'u'"):
-        mine.main(mine.Args(**arguments, estimator="sampled"))
-    arguments["out_dir"] = str(tmp_path / "exact")
-    mine.main(mine.Args(**arguments))
-    assert (tmp_path / "exact/model").exists()
+    with pytest.raises(SystemExit, match="--alpha is 1.5, and must be at most 1"):
+        runs.check_args(mine.Args(alpha=1.5))
+    with pytest.raises(SystemExit, match="--shape is 'oval', and must be one of: round, square"):
+        runs.check_args(mine.Args(shape="oval"))
 
 
 def test_an_edited_script_is_another_run_and_a_comment_is_not(world, tmp_path, monkeypatch, capsys):
@@ -344,13 +302,10 @@ def test_an_edited_script_is_another_run_and_a_comment_is_not(world, tmp_path, m
         mine.main(mine.Args(**arguments | free))
     assert end.value.code == 0 and "finished" in capsys.readouterr().out
     assert contents(tmp_path / "run") == before
-    for edit in (("reverse_kl, student,", "forward_kl, student,"), ('student: str = "toy/student"', 'student: str = "toy"')):
+    for edit in (("reverse_kl, student", "forward_kl, student"), ("eval_k: int = 8", "eval_k: int = 4")):
         line = refusal(sibling(tmp_path, monkeypatch, edit), arguments)
         assert "mine.py has been changed" in line and "common.py" not in line
-    fast = json.loads((tmp_path / "run/args.json").read_text())["code"]["fast.py"]
-    code = runs._code
-    monkeypatch.setattr(runs, "_code", lambda args: code(args) | {"common.py": fast})
-    assert "common.py has been changed" in refusal(mine, arguments)
+    assert {"mine.py", "common.py", "fast.py"} <= set(json.loads((tmp_path / "run/args.json").read_text())["code"])
 
 
 def test_a_real_model_with_what_is_made_for_the_toy_is_warned_of(world, monkeypatch, capsys):
@@ -383,63 +338,41 @@ def test_processes_and_devices_that_do_not_fit(world_size, changes, says, world,
 # A run that exists keeps what it has
 
 
-@pytest.fixture(scope="module")
-def stopped(world, tmp_path_factory):
+@pytest.fixture
+def stopped(world, tmp_path, monkeypatch):
     """A run of 4 steps with its own teacher and data, stopped after the second; -> its arguments."""
-    folder = tmp_path_factory.mktemp("stopped")
     arguments = world | dict(
-        teacher=str(shutil.copytree(world["teacher"], folder / "teacher")),
-        data=str(shutil.copy(world["data"], folder / "train.jsonl")),
-        out_dir=str(folder / "run"), steps=4, eval_every=0,
+        teacher=str(shutil.copytree(world["teacher"], tmp_path / "teacher")),
+        data=str(shutil.copy(world["data"], tmp_path / "train.jsonl")),
+        out_dir=str(tmp_path / "run"), steps=4, eval_every=0,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped after step 2"):
         stop = property(lambda run: run.step == 2, lambda run, value: None)
         patch.setattr(runs.Run, "stop_asked", stop, raising=False)
-        with pytest.raises(SystemExit, match="stopped after step 2"):
-            opd.main(opd.Args(**arguments))
+        opd.main(opd.Args(**arguments))
     return arguments
 
 
-def damaged(which, damage):
-    """Damage one of the run's files: which of `arguments`, or a pattern in its directory (the largest that fits)."""
-
-    def prepare(out_dir, arguments):
-        files = [Path(arguments[which])] if which in arguments else out_dir.glob(which)
-        damage(max(files, key=lambda path: path.stat().st_size))
-
-    return prepare
-
-
 @pytest.mark.parametrize(
-    "changes, damage, says",
+    "changes, pattern, damage, says",
     [
-        (dict(lr=0.5), None, ["holds another run: --lr was 0.001, now 0.5", "--out_dir"]),
-        (dict(steps=9, seed=7), None, ["--steps was 4, now 9", "--seed was 0, now 7"]),
-        (dict(data="gone.jsonl"), None, ["--data was"]),
-        (dict(eval_k=0), None, ["--eval_k is 0"]),
-        ({}, damaged("data", halve), ["JSONDecodeError"]),
-        ({}, damaged("teacher", lambda path: (path / "config.json").unlink()), ["no config.json"]),
-        ({}, damaged("state-2/*.distcp", halve), ["state-2 is damaged", "to start afresh"]),
-        ({}, damaged("state-2/*.distcp", Path.unlink), ["state-2 is damaged", "to start afresh"]),
-        ({}, damaged("state-2/.metadata", halve), ["state-2 is damaged", "to start afresh"]),
-        ({}, damaged("state-2/progress.json", Path.unlink), ["state-2 is damaged", "to start afresh"]),
+        (dict(lr=0.5, seed=7), "", None, ["holds another run: --lr was 0.001, now 0.5", "--seed was 0, now 7"]),
+        ({}, "train.jsonl", halve, ["JSONDecodeError"]),
+        ({}, "teacher/config.json", Path.unlink, ["no config.json"]),
+        ({}, "run/state-2/*.distcp", halve, ["state-2 is damaged", "to start afresh"]),
+        ({}, "run/state-2/progress.json", Path.unlink, ["state-2 is damaged", "to start afresh"]),
     ],
 )
-def test_a_refused_command_leaves_a_run_as_it_is(changes, damage, says, stopped, tmp_path):
-    out_dir = Path(stopped["out_dir"])
-    shutil.copytree(out_dir.parent, tmp_path / "sound")
-    try:
-        if damage:
-            damage(out_dir, stopped)
-        before = contents(out_dir)
-        line = refusal(opd, stopped | changes)
-        assert [fragment for fragment in says if fragment not in line] == [], line
-        assert contents(out_dir) == before
-    finally:
-        shutil.copytree(tmp_path / "sound", out_dir.parent, dirs_exist_ok=True)
+def test_a_refused_command_leaves_a_run_as_it_is(changes, pattern, damage, says, stopped, tmp_path):
+    if damage:
+        damage(max(tmp_path.glob(pattern), key=lambda path: path.stat().st_size))
+    before = contents(tmp_path)
+    line = refusal(opd, stopped | changes)
+    assert [fragment for fragment in says if fragment not in line] == [], line
+    assert contents(tmp_path) == before
 
 
-def test_a_run_does_not_go_on_with_other_data_nor_beside_another_process(stopped, tmp_path):
+def test_a_run_does_not_go_on_with_other_data_nor_beside_another_process(stopped):
     data, text = Path(stopped["data"]), Path(stopped["data"]).read_text()
     before = contents(stopped["out_dir"])
     data.write_text(text.replace("Is 7 prime?", "Is 8 prime?"))
@@ -454,7 +387,7 @@ def test_a_run_does_not_go_on_with_other_data_nor_beside_another_process(stopped
     assert contents(stopped["out_dir"]) == before
 
 
-def test_a_teacher_that_breaks_costs_no_progress(world, stopped, tmp_path):
+def test_a_teacher_that_breaks_costs_no_progress(stopped, tmp_path):
     """Non-finite numbers end the run in one line; with a sound teacher it continues as if nothing had been."""
     out_dir, file = Path(stopped["out_dir"]), Path(stopped["teacher"], "model.safetensors")
     sound, state = file.read_bytes(), contents(out_dir / "state-2")
@@ -473,17 +406,9 @@ def test_a_teacher_that_breaks_costs_no_progress(world, stopped, tmp_path):
 
 
 def test_status_and_stderr(world, tmp_path):
-    """What the process does: status 1, and one line on stderr. Started together, because importing takes seconds."""
-    (tmp_path / "a.jsonl").write_text("not JSON")
+    """What the process does: status 1, and one line on stderr."""
     arguments = argv({**world, "data": tmp_path / "a.jsonl", "out_dir": tmp_path / "run"})
-    commands = {
-        "a.jsonl, line 1'; give a sound": ["opd.py", *arguments],
-        "unrecognized arguments: --stepz": ["sft_offpolicy.py", "--stepz", "3"],
-    }
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    processes = [subprocess.Popen([sys.executable, *command], **pipes) for command in commands.values()]
-    for says, process in zip(commands, processes):
-        out, err = process.communicate()
-        assert process.returncode == 1 and out == ""
-        assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    process = subprocess.run([sys.executable, "opd.py", *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.startswith("error: cannot load") and process.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

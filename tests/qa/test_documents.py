@@ -54,7 +54,7 @@ def test_every_command_parses(words):
 
 
 OF_SECONDS = [
-    pytest.param(case.values[0], id=case.id)
+    case
     for case in commands()
     if case.values[0][1] in ("evaluate.py", "look.py", "docs/endings.py")
     and not any(word.startswith(("runs/", "recipes/")) for word in case.values[0])

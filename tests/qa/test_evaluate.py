@@ -7,7 +7,6 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -122,27 +121,22 @@ def test_curves_show_what_the_log_has(finished, tmp_path, monkeypatch):
     assert drawn == ["loss", "entropy", "eval_entropy", "response_len", "eval_len", "avg_at_k", "pass_at_k"]
 
 
-def test_compare_draws_any_runs_together(finished, tmp_path, monkeypatch):
-    dirs = [str(finished / "seed-0"), str(finished / "seed-1")]
-    compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path)]))
-    assert (tmp_path / "together.png").stat().st_size > 5000
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="without torchrun"):
-        compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path)]))
-    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
-    for seed, row in zip((0, 1), rows, strict=True):
-        assert row[0] == f"| {dirs[seed]}"
-        assert row[5] == f"{read_log(finished / f'seed-{seed}')[-1]['eval_entropy']:.3f}"
-
-
-def test_runs_that_were_evaluated_differently_are_said_to_be(finished, tmp_path, capsys):
+def test_compare_draws_runs_together_and_says_if_they_are_unlike(finished, tmp_path, monkeypatch, capsys):
     other = shutil.copytree(finished / "seed-1", tmp_path / "other")
     args = json.loads((other / "args.json").read_text()) | {"eval_k": 4, "eval_batch_size": 3}
     (other / "args.json").write_text(json.dumps(args))
     for second, warned in ((finished / "seed-1", False), (other, True)):
         dirs = [str(finished / "seed-0"), str(second)]
-        compare.main(parse(compare.Args, ["--dirs", *dirs, "--out_dir", str(tmp_path)]))
+        words = ["--dirs", *dirs, "--out_dir", str(tmp_path)]
+        compare.main(parse(compare.Args, words))
         assert ("not evaluated alike: they differ in --eval_k\n" in capsys.readouterr().out) == warned
+    assert (tmp_path / "together.png").stat().st_size > 5000
+    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
+    for path, row in zip(dirs, rows, strict=True):
+        assert row[0] == f"| {path}" and row[5] == f"{read_log(path)[-1]['eval_entropy']:.3f}"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="without torchrun"):
+        compare.main(parse(compare.Args, words))
 
 
 def test_intervals_over_seeds_are_t_intervals():
@@ -152,24 +146,35 @@ def test_intervals_over_seeds_are_t_intervals():
     assert {n: compare.t_quantile(n) for n in tables} == pytest.approx(tables, rel=2e-3)
 
 
+def made_up(lasts, firsts):
+    """Seeds of a run of 4 FLOPs, from Avg@8 .2 to each of lasts; by the first answers of its responses to firsts."""
+    ends = [dict(avg_at_k=last, first_avg=first, eval_entropy=0.1) for last, first in zip(lasts, firsts)]
+    return [[{"flops": 0.0, "avg_at_k": 0.2}, {"flops": 4.0} | end] for end in ends]
+
+
 def test_findings_by_the_last_and_by_the_first_answer(tmp_path, monkeypatch):
-    """A run that loops: wrong in its last answer, right in its first one. The verdict follows from which one counts."""
-    row = {"flops": 1.0, "eval_entropy": 0.1}
-    better = {"avg_at_k": (0.2, 0.25, 0.3), "first_avg": (0.8, 0.85, 0.95)}
-    runs = {"a": [[row | {key: values[i] for key, values in better.items()}] for i in range(3)]}
-    runs["b"] = [[row | {"avg_at_k": 0.5, "first_avg": 0.5}] for i in range(3)]
+    """A run that loops: wrong in its last answer, right in its first one. The verdict follows from which one counts,
+    from the sign that is claimed, from the interval in the first world, and from the sign in the other one."""
+    of_a = {"one": made_up([0.2, 0.25, 0.3], [0.8, 0.85, 0.95]), "two": made_up([0.6], [0.9])}
+    worlds = {name: {"a": seeds, "b": made_up([0.5] * 3, [0.5] * 3)[: len(seeds)]} for name, seeds in of_a.items()}
     claims = [
         ("axis", "a is better", +1, lambda v: v("a") - v("b")),
+        ("axis", "b is better", -1, lambda v: v("a") - v("b")),
+        ("axis", "a is at .3", -1, lambda v: v("a") - 0.3),
         ("axis", "a is less sure", +1, lambda v: v("a", "eval_entropy")),
-        ("axis", "at equal FLOPs", +1, lambda v: v("a", "avg_at_k", np.ones(3)) - v("b")),
+        ("axis", "at equal FLOPs", +1, lambda v: v("a", "avg_at_k", [4.0, 4.0, 2.0]) - v("b")),
     ]
     monkeypatch.setattr(findings, "claims", lambda args: claims)
-    lines = compare.write_findings({"world": runs}, compare.Args(out_dir=str(tmp_path))).splitlines()
+    lines = compare.write_findings(worlds, compare.Args(out_dir=str(tmp_path))).splitlines()
     assert [line.split(" | ")[1:] for line in lines if line.startswith("| axis")] == [
-        ["a is better (+)", "-0.250 ± 0.124", "the opposite |"],
-        ["a is less sure (+)", "+0.100 ± 0.000", "found |"],
-        ["at equal FLOPs (+)", "-0.250 ± 0.124", "the opposite |"],
-        ["a is better (+)", "+0.367 ± 0.190", "found |"],
+        ["a is better (+)", "-0.250 ± 0.124", "+0.100", "the opposite in 1 of 2 |"],
+        ["b is better (−)", "-0.250 ± 0.124", "+0.100", "found in 1 of 2 |"],
+        ["a is at .3 (−)", "-0.050 ± 0.124", "+0.300", "not found |"],
+        ["a is less sure (+)", "+0.100 ± 0.000", "+0.100", "found |"],
+        ["at equal FLOPs (+)", "-0.267 ± 0.072", "+0.100", "the opposite in 1 of 2 |"],
+        ["a is better (+)", "+0.367 ± 0.190", "+0.400", "found |"],
+        ["b is better (−)", "+0.367 ± 0.190", "+0.400", "the opposite |"],
+        ["a is at .3 (−)", "+0.567 ± 0.190", "+0.600", "the opposite |"],
     ]
 
 
@@ -205,6 +210,7 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     by_last, by_first = (tmp_path / "findings.md").read_text().split("\n\n")
     assert len(by_last.splitlines()) == 2 + len(findings.claims(args)) == 2 + 16
     assert len(by_first.splitlines()) == 2 + 9, "claims about final accuracy"
+    assert by_last.count("| one seed |") == 16
     assert sorted(Counter(axis for axis, *_ in findings.claims(args)).values()) == [2] * 6 + [4], "as results.md counts"
     table = (tmp_path / "table.md").read_text()
     runs = real(args, "toy")
@@ -257,41 +263,6 @@ def test_the_first_answer_is_read_from_the_responses(finished, tmp_path):
     last = read_log(tmp_path / "run")[-1]["step"]
     write_jsonl(tmp_path / f"run/responses-{last}.jsonl", [{"response": text, "answer": "7"} for text in said])
     assert compare.read(str(tmp_path / "run"))[-1]["first_avg"] == 0.5
-
-
-def made_up(values, cost=1.0):
-    """Seeds of a run of 4 steps that goes from Avg@8 .2 to each of the values, at so many FLOPs a step."""
-    start, middle = {"step": 0, "flops": 0.0, "avg_at_k": 0.2}, {"step": 2, "flops": 2 * cost, "entropy": 1.0}
-    return [[start, middle, {"step": 4, "flops": 4 * cost, "avg_at_k": v, "pass_at_k": 0.8}] for v in values]
-
-
-def test_numbers_at_the_end_and_at_equal_flops():
-    runs = made_up([0.6, 0.72, 0.78], 2.0)
-    assert compare.final(runs, "avg_at_k").tolist() == [0.6, 0.72, 0.78]
-    assert compare.final(runs, "avg_at_k", flops=[4.0, 8.0, 99.0]) == pytest.approx([0.4, 0.72, 0.78])
-    assert np.isnan(compare.final(runs, "first_avg")).all()
-
-
-CLEAR, UNCLEAR, BELOW = [0.6, 0.72, 0.78], [0.9, 0.61, 0.72], [0.4, 0.48, 0.62]  # against .5, .6, .7
-
-
-@pytest.mark.parametrize(
-    "worlds, first, up, down",
-    [
-        ([CLEAR, UNCLEAR], "+0.100 ± 0.050", "found", "the opposite"),
-        ([CLEAR, BELOW], "+0.100 ± 0.050", "found in 1 of 2", "the opposite in 1 of 2"),
-        ([UNCLEAR], "+0.143 ± 0.55", "not found", "not found"),
-        ([[0.6]], "+0.100", "one seed", "one seed"),
-    ],
-)
-def test_verdicts(worlds, first, up, down, tmp_path, monkeypatch):
-    """What is said of a claim and of its opposite, where the number is this in the first world."""
-    number = lambda v: v("b") - v("a")  # noqa: E731
-    monkeypatch.setattr(findings, "claims", lambda args: [("axis", "says", sign, number) for sign in (1, -1)])
-    worlds = {str(i): {"a": made_up([0.5, 0.6, 0.7][: len(b)]), "b": made_up(b)} for i, b in enumerate(worlds)}
-    table = compare.write_findings(worlds, compare.Args(out_dir=str(tmp_path)))
-    rows = [line.split(" | ") for line in table.split("\n\n")[0].splitlines()[2:]]
-    assert [row[-1] for row in rows] == [f"{up} |", f"{down} |"] and rows[0][2].startswith(first)
 
 
 def test_the_variants_of_the_student_differ_from_it_in_nothing_but_the_ending(tmp_path):

@@ -42,36 +42,27 @@ WRONG = {
     "4210_{5}": ["4210_{6}", "555"], "255": ["255_8"],
     r"\text{east}": ["seat", "northeast"], r"\text{even}": ["odd"], r"\text{(C)}": [r"\text{(B)}", r"\text{(BC)}"],
 }  # fmt: skip
-# ... compared by math-verify
+# ... compared by math-verify: of every kind one, as most of it is that package's
 RIGHT_LATEX = {
-    r"\left( 3, \frac{\pi}{2} \right)": [r"(3, \pi/2)"], r"\left( \frac{3}{2}, -13 \right)": ["(1.5,-13)"],
-    "(6,31,-1)": ["(6, 31, -1)"], "(8,-2)": ["8,-2"], "3, 5, 7": ["7, 5, 3", r"3, 5 \text{ and } 7"],
-    "1,-2": [r"x=1 \text{ or } x=-2"], r"1 \pm \sqrt{19}": [r"1+\sqrt{19}, 1-\sqrt{19}"],
-    r"\{1\pm\sqrt{5},-2\}": [r"-2, 1+\sqrt5, 1-\sqrt5"],
-    "(3,4]": [r"\left(3,4\right]"], "[-2,7]": [r"x \in [-2, 7]"], r"x \in [-2,7]": [r"-2 \le x \le 7"],
-    r"(2,\infty)": ["x > 2"], r"(-\infty, 2) \cup (3, \infty)": [r"(3,\infty) \cup (-\infty,2)"],
+    r"\left( 3, \frac{\pi}{2} \right)": [r"(3, \pi/2)"], "(8,-2)": ["8,-2"],
+    "3, 5, 7": ["7, 5, 3", r"3, 5 \text{ and } 7"], "1,-2": [r"x=1 \text{ or } x=-2"],
+    r"1 \pm \sqrt{19}": [r"1+\sqrt{19}, 1-\sqrt{19}"], "(3,4]": [r"\left(3,4\right]"],
+    r"x \in [-2,7]": [r"-2 \le x \le 7"], r"(2,\infty)": ["x > 2"],
+    r"(-\infty, 2) \cup (3, \infty)": [r"(3,\infty) \cup (-\infty,2)"],
     r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}": [
         r"\begin{bmatrix} -\frac13 \\ \frac23 \\ \frac53 \end{bmatrix}"],
-    r"3\sqrt{13}": [r"\sqrt{117}"], r"\frac{\sqrt{3}}{3}": [r"\frac{1}{\sqrt{3}}"],
-    r"288 \pi": [r"288\pi \text{ cm}^3"], "6 - 5i": ["-5i+6"],
-    "(a+5)(b+2)": ["ab+2a+5b+10"], "x^5 - x^4 + x^3 - x^2 + x - 1": ["-1 + x - x^2 + x^3 - x^4 + x^5"],
-    r"\frac{11+9a}{20}": [r"\frac{9a+11}{20}"], r"\cot x": [r"\frac{\cos x}{\sin x}"],
-    "x=5": ["5"], "y = 2x + 3": ["2x+3", "2x - y + 3 = 0"], "5x - 7y + 11z + 4 = 0": ["10x-14y+22z+8=0"],
+    r"3\sqrt{13}": [r"\sqrt{117}"], r"288 \pi": [r"288\pi \text{ cm}^3"], "6 - 5i": ["-5i+6"],
+    "(a+5)(b+2)": ["ab+2a+5b+10"], "x=5": ["5"], "y = 2x + 3": ["2x+3", "2x - y + 3 = 0"],
 }  # fmt: skip
 WRONG_LATEX = {
-    r"\left( 3, \frac{\pi}{2} \right)": [r"\left(\frac{\pi}{2}, 3\right)"], "(6,31,-1)": ["(31, 6, -1)", "(6, 31)"],
-    r"\left( \frac{3}{2}, -13 \right)": [r"(\frac32, 13)"], "(3,4)": ["(4, 3)"], "(8,-2)": ["-2,8"],
-    "3, 5, 7": ["3, 5", "357"], "1,-2": ["-1,2"], r"1 \pm \sqrt{19}": [r"1+\sqrt{19}"],
-    r"\{1\pm\sqrt{5},-2\}": [r"\{1\pm\sqrt{5}\}"],
-    "(3,4]": ["[3,4)", "(3,4)"], "(2,4)": ["[2,4]"], r"x \in [-2,7]": ["-2 < x < 7"], r"(2,\infty)": [r"[2,\infty)"],
-    r"(-\infty, 2) \cup (3, \infty)": [r"(-\infty,3) \cup (2,\infty)"], r"(0,9) \cup (9,36)": ["(0,36)"],
+    r"\left( 3, \frac{\pi}{2} \right)": [r"\left(\frac{\pi}{2}, 3\right)"], "(6,31,-1)": ["(6, 31)"],
+    "(8,-2)": ["-2,8"], "3, 5, 7": ["3, 5", "357"], r"1 \pm \sqrt{19}": [r"1+\sqrt{19}"], "(3,4]": ["[3,4)", "(3,4)"],
+    r"x \in [-2,7]": ["-2 < x < 7"], r"(2,\infty)": [r"[2,\infty)"],
+    r"(-\infty, 2) \cup (3, \infty)": [r"(-\infty,3) \cup (2,\infty)"],
     r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}": [
         r"\begin{pmatrix} -2 & -14 & -7 \end{pmatrix}", r"\begin{pmatrix} -2 \\ -7 \\ -14 \end{pmatrix}"],
-    r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}": [r"\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}"],
-    r"3\sqrt{13}": [r"3\sqrt{11}", "3", r"\infty 1"], r"\frac{\sqrt{3}}{3}": [r"\frac{\sqrt{3}}{2}"],
-    r"288 \pi": ["288"], r"\pi": ["3.14"], "6 - 5i": ["6 + 5i"], "p - q": ["q - p"], "(a+5)(b+2)": ["(a+2)(b+5)"],
-    "x^5 - x^4 + x^3 - x^2 + x - 1": ["1 - x + x^2 - x^3 - x^4 + x^5"], r"\cot x": [r"\tan x"],
-    "x=5": ["y = 5"], "y = 2x + 3": ["y = 2x - 3"], "5x - 7y + 11z + 4 = 0": ["5x-7y+11z-4=0"],
+    r"3\sqrt{13}": [r"3\sqrt{11}", "3", r"\infty 1"], r"288 \pi": ["288"], r"\pi": ["3.14"], "6 - 5i": ["6 + 5i"],
+    "p - q": ["q - p"], "(a+5)(b+2)": ["(a+2)(b+5)"], "x=5": ["y = 5"], "y = 2x + 3": ["y = 2x - 3"],
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import masked_inputs, run
+from conftest import argv, arguments_of, masked_inputs, run
 from transformers import AutoModelForCausalLM
 
 import common
@@ -14,14 +14,9 @@ from plumbing.runs import parse
 from plumbing.tasks import load_evals
 
 
-def arguments(world, **more):
-    names = ("student", "teacher", "eval_data", "eval_max_new_tokens")
-    return {name: world[name] for name in names} | more
-
-
 def test_what_is_coloured_is_the_difference_of_log_probabilities(world):
     """Against logits of the whole models; and on its own rollouts its mean is minus the sampled reverse KL."""
-    args = parse(look.Args, [w for k, v in arguments(world).items() for w in (f"--{k}", str(v))])
+    args = parse(look.Args, argv(arguments_of("look", world)))
     problems = load_evals(args.eval_data, 0)[args.eval_data]
     vocab, _ = load_vocab(args, [problems])
     student, teacher = (AutoModelForCausalLM.from_pretrained(world[role]).eval() for role in ("student", "teacher"))
@@ -29,18 +24,15 @@ def test_what_is_coloured_is_the_difference_of_log_probabilities(world):
     rollouts = common.sample(student, prompts, keys, vocab, 6)
     tokens = rollouts.ids[:, rollouts.prompt_len :]
     with torch.no_grad():
-        log_q, log_p = (
-            m(**masked_inputs(rollouts)).logits[:, rollouts.prompt_len - 1 : -1].log_softmax(-1)
-            for m in (student, teacher)
-        )
-    expected = (log_p - log_q).gather(-1, tokens[..., None])[..., 0]
+        q, p = (m(**masked_inputs(rollouts)).logits[:, rollouts.prompt_len - 1 : -1] for m in (student, teacher))
+    expected = (p.log_softmax(-1) - q.log_softmax(-1)).gather(-1, tokens[..., None])[..., 0]
     for row, mask, found in zip(expected, rollouts.mask, look.log_ratios(student, teacher, rollouts, vocab)):
         assert found == pytest.approx(row[mask].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("prefixes", ["student", "teacher"])
 def test_every_token_is_shown_once_in_the_terminal_and_in_a_picture(world, tmp_path, capsys, prefixes):
-    run("look", **arguments(world, prefixes=prefixes, eval_problems=2, picture=tmp_path / "new" / "a.png"))
+    run("look", **arguments_of("look", world, prefixes=prefixes, eval_problems=2, picture=tmp_path / "new" / "a.png"))
     said = capsys.readouterr().out
     *lengths, in_all = [int(n) for n in re.findall(r"(\d+) tokens, ", said)]
     assert len(lengths) == 2 and said.count("\033[0m") == sum(lengths) == in_all
@@ -49,14 +41,8 @@ def test_every_token_is_shown_once_in_the_terminal_and_in_a_picture(world, tmp_p
 
 def test_of_several_processes_one_shows_it(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(look, "is_main", lambda: False)
-    run("look", **arguments(world, picture=tmp_path / "a.png"))
+    run("look", **arguments_of("look", world, picture=tmp_path / "a.png"))
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
-
-
-def test_a_model_beside_itself_is_white(world, capsys):
-    run("look", **arguments(world, teacher=world["student"]))
-    colours = set(re.findall(r"48;2;(\d+;\d+;\d+)m", capsys.readouterr().out))
-    assert colours == {"255;255;255"}
 
 
 def test_blue_is_what_the_teacher_would_say_more_often():

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ import transformers
 from conftest import DISTILLATION, ROOT, arguments_of, make_checkpoint, make_tokenizer, read_log, run, write_jsonl
 
 import opd
-from common import forward_kl, make_rollouts, weighted_kl
 from plumbing import models, tasks
-from plumbing.fast import autocast
 from plumbing.models import load_model, load_vocab
 from plumbing.runs import check_args, parse
 
@@ -80,55 +77,45 @@ def test_any_causal_lm_checkpoint(script, student, teacher, tmp_path, capsys):
     assert set(saved.generation_config.eos_token_id) == {340, 342}  # whoever samples from it stops as we did
 
 
+def ask(student, teacher, *argv, question="Is 7 prime?"):
+    """-> the prompt that a question becomes, as text; the vocabulary; the tokenizer."""
+    problems = [tasks.Problem(question, "1")]
+    args = parse(opd.Args, ["--student", str(student), "--teacher", str(teacher), *argv])
+    vocab, tokenizer = load_vocab(args, [problems])
+    return tokenizer.decode(problems[0].prompt), vocab, tokenizer
+
+
 @pytest.fixture
-def asked(world):
-    """-> the prompt that "Is 7 prime?" becomes, as token ids; it as text; the vocabulary."""
-
-    def ask(*argv):
-        args = parse(opd.Args, ["--student", world["student"], "--teacher", world["teacher"], *argv])
-        problems = [tasks.Problem("Is 7 prime?", "1")]
-        vocab, tokenizer = load_vocab(args, [problems])
-        assert {"<|endoftext|>", "<|im_end|>"} <= set(tokenizer.convert_ids_to_tokens(list(vocab.end_ids)))
-        return SimpleNamespace(prompt=problems[0].prompt, text=tokenizer.decode(problems[0].prompt), vocab=vocab)
-
-    return ask
+def copied(world, tmp_path):
+    """A copy of the student, to be changed."""
+    return shutil.copytree(world["student"], tmp_path / "student")
 
 
-def test_ends_are_those_of_config_generation_config_and_tokenizer(world, tmp_path):
+def test_ends_are_those_of_config_generation_config_and_tokenizer(world, copied):
     """Qwen's chat models name <|im_end|> in one of them and <|endoftext|> in another."""
-    shutil.copytree(world["student"], tmp_path / "student")
-    config = tmp_path / "student" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 5}))
-    (tmp_path / "student" / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
-    args = parse(opd.Args, ["--student", str(tmp_path / "student"), "--teacher", world["teacher"]])
-    vocab, tokenizer = load_vocab(args, [[tasks.Problem("Is 7 prime?", "1")]])
-    assert {5, 6, 7, tokenizer.eos_token_id} <= set(vocab.end_ids)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
+    _, vocab, tokenizer = ask(copied, world["teacher"])
+    assert {5, 6, 7, tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|im_end|>"])} <= set(vocab.end_ids)
 
 
-def test_a_template_that_tells_the_date_tells_the_same_one_on_every_day(world, tmp_path, monkeypatch):
+def test_a_template_that_tells_the_date_tells_the_same_one_on_every_day(copied):
     """Llama 3's does: a run that goes on after midnight would go on with other prompts."""
-    path = shutil.copytree(world["student"], tmp_path / "student")
-    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
-    (path / "chat_template.jinja").write_text(template)
-    args = parse(opd.Args, ["--student", str(path), "--teacher", str(path)])
-    problems = [tasks.Problem("Is 7 prime?", "1")]
-    _, tokenizer = load_vocab(args, [problems])
-    assert tokenizer.decode(problems[0].prompt) == "26 Jul 2024: Is 7 prime?"
+    (copied / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+    assert ask(copied, copied)[0] == "26 Jul 2024: Is 7 prime?"
 
 
-def test_a_token_that_no_text_holds_may_lie_beyond_the_vocabulary(world, tmp_path):
+def test_a_token_that_no_text_holds_may_lie_beyond_the_vocabulary(copied, tmp_path):
     """Gemma 3's tokenizer has one for images, and its small models no row for it."""
-    path = shutil.copytree(world["student"], tmp_path / "student")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(copied)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.save_pretrained(path)
-    args = parse(opd.Args, ["--student", str(path), "--teacher", str(path)])
-    assert load_vocab(args, [[tasks.Problem("Is 7 prime?", "1")]])[0].size == 303 == len(tokenizer) - 1
-    args.teacher = make_checkpoint(tmp_path / "larger", padded=5)
-    assert load_vocab(args, [[tasks.Problem("Is 7 prime?", "1")]])[0].size == 303, "cropped to what both models have"
-    args.teacher = str(path)
+    tokenizer.save_pretrained(copied)
+    assert ask(copied, copied)[1].size == 303 == len(tokenizer) - 1
+    larger = make_checkpoint(tmp_path / "larger", padded=5)
+    assert ask(copied, larger)[1].size == 303, "cropped to what both models have"
     with pytest.raises(SystemExit, match="ids up to 303"):
-        load_vocab(args, [[tasks.Problem("What is <image>?", "1")]])
+        ask(copied, copied, question="What is <image>?")
 
 
 def test_an_end_token_that_a_tokenizer_takes_for_a_word_is_no_part_of_an_answer(world, tmp_path, monkeypatch):
@@ -141,7 +128,7 @@ def test_an_end_token_that_a_tokenizer_takes_for_a_word_is_no_part_of_an_answer(
     assert set(texts) == {("common", ""), ("grpo", ""), ("look", "")}
 
 
-@pytest.mark.parametrize("answer, read", [(5e-5, "0.00005"), (1e16, "10000000000000000"), (27.0, "27.0"), (float("nan"), None)])
+@pytest.mark.parametrize("answer, read", [(5e-5, "0.00005"), (1e16, "10000000000000000"), (float("nan"), None)])
 def test_numbers_are_written_out_and_nan_is_no_answer(answer, read, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [GSM8K | {"answer": answer}])
     assert tasks.load_problems(path)[0].answer == read
@@ -158,23 +145,9 @@ def test_numbers_are_written_out_and_nan_is_no_answer(answer, read, tmp_path):
         (["--instruction", "Box it."], "Is 7 prime?\nBox it.", "<think>\n\n</think>\n\n"),
     ],
 )
-def test_prompts_and_ends_are_shared(argv, asks, begins, asked):
-    """One template for both, the teacher's; and the end tokens of both models."""
-    assert asked(*argv).text == f"<|im_start|>user\n{asks}<|im_end|>\n<|im_start|>assistant\n{begins}"
-
-
-def test_what_the_loss_does_at_an_end_token(world, asked):
-    """The end token is a response token like any other: it is scored, under its own id. Where the teacher would end
-    with <|im_end|> and the student ended with <|endoftext|>, the KL at that position says so."""
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    student, teacher = load(world["student"]).eval(), load(world["teacher"]).eval()
-    prompt, vocab = asked().prompt, asked().vocab
-    response = (10, 11, vocab.end_ids[0])
-    batch = make_rollouts([prompt], [response], [True], [(0, 1, 0)], vocab, "cpu")
-    loss, _ = weighted_kl(forward_kl, student, teacher, batch, torch.tensor([[0.0, 0.0, 1.0]]), vocab)
-    ids = torch.tensor([[*prompt, *response]])
-    at_end = [model(ids).logits[0, -2, : vocab.size] for model in (student, teacher)]
-    torch.testing.assert_close(loss, forward_kl(*at_end), rtol=1e-5, atol=1e-6)
+def test_the_prompt_is_the_teachers_template_with_what_was_asked_for(argv, asks, begins, world):
+    text, *_ = ask(world["student"], world["teacher"], *argv)
+    assert text == f"<|im_start|>user\n{asks}<|im_end|>\n<|im_start|>assistant\n{begins}"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -185,7 +158,6 @@ PAPER = dict(  # what public notes quote of the paper, and its authors' follow-u
     temperature=1.0, top_p=0.95, top_k=20, lr=5e-7, warmup=0.05, batch_size=32, steps=1000, max_new_tokens=1024,
     eval_temperature=0.6, instruction="Please reason step by step, and put your final answer within \\boxed{}.",
 )  # fmt: skip
-RL = dict(PAPER, student="runs/qwen3-opd/model", lr=1e-6, max_new_tokens=4096, temperature=1.0, top_p=1.0, top_k=0)
 RECIPES = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.txt"))}
 
 
@@ -208,7 +180,8 @@ def test_curriculum_rl_and_final_evaluation_have_recipes_of_their_own():
     assert vars(args) == vars(args) | PAPER | {"max_new_tokens": 4096}
     assert args.lengths.startswith("128,") and args.lengths.endswith(",4096")
     args = parsed("grpo", "qwen3-grpo.txt")
-    assert vars(args) == vars(args) | RL and args.group_size == 8
+    plain = dict(student="runs/qwen3-opd/model", lr=1e-6, max_new_tokens=4096, temperature=1.0, top_p=1.0, top_k=0)
+    assert vars(args) == vars(args) | PAPER | plain and args.group_size == 8
     args = parsed("evaluate", "qwen3-eval.txt")
     assert (args.eval_max_new_tokens, args.eval_problems, args.instruction) == (8192, 0, PAPER["instruction"])
 
@@ -232,13 +205,12 @@ def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
     (tmp_path / "second.txt").write_text("\ufeff--steps 8\n")
     args = parse(opd.Args, ["--recipe", str(recipe), "--recipe", str(tmp_path / "second.txt")])
     assert (args.lr, args.steps) == (5e-7, 8)
-    for content, says in (("--lr 'x", "cannot be read"), ("--recipe a", "by --recipe"), ("--learning_rate 1", "unrecognized arguments: --learning_rate")):
+    for content, says in (("--lr 'x", "cannot be read"), ("--recipe a", "by --recipe"), ("--rate 1", "unrecognized")):
         recipe.write_text(content)
         with pytest.raises(SystemExit, match=says):
             parse(opd.Args, ["--recipe", str(recipe)])
-    for argv, says in ((["--recipe", "nowhere.txt"], "cannot be read"), (["--recipe"], "expected one argument")):
-        with pytest.raises(SystemExit, match=says):
-            parse(opd.Args, argv)
+    with pytest.raises(SystemExit, match="cannot be read"):
+        parse(opd.Args, ["--recipe", "nowhere.txt"])
 
 
 @pytest.mark.parametrize("gpu, able, real", list(itertools.product([True, False], repeat=3)))
@@ -257,8 +229,7 @@ def test_auto_is_bf16_on_gpus_and_for_real_models_on_processors_made_for_it(gpu,
 def test_prompts_without_answers_are_enough(script, world, tmp_path, curves):
     """--eval_data none: a teacher needs no answers, so neither does a run."""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i} words."} for i in range(12)])
-    more = {"held_out": 4, "lengths": "2,4", "h_min": 0.0} if script == "curriculum" else {}
-    run(script, **world | more | {"data": prompts, "eval_data": "none", "out_dir": str(tmp_path / "run")})
+    run(script, **arguments_of(script, world, data=prompts, eval_data="none"), out_dir=tmp_path / "run")
     rows = read_log(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert not any(key.startswith(("avg_at_k", "eval_")) for row in rows for key in row) and rows[-1]["entropy"] > 0
@@ -274,26 +245,10 @@ def test_a_config_of_which_no_model_can_be_made_is_left_to_the_checks_that_expla
     assert models.resolve_precision(opd.Args(**world)) == "fp32"
 
 
-def test_small_steps_move_fp32_weights_and_not_those_in_bf16(world, tmp_path):
-    """Why the student is kept in fp32: at a learning rate of 5e-7 an update of a bf16 weight is rounded away."""
-    args = parse(opd.Args, [])
-    args.precision = "bf16"
-    moved = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        student = load_model(world["student"], args, trainable=True)
-        assert {p.dtype for p in student.parameters()} == {torch.float32} and student.autocasts
-        student.to(dtype)
-        before = [p.detach().clone() for p in student.parameters()]
-        optimizer = torch.optim.AdamW(student.parameters(), lr=5e-7, weight_decay=0.0, fused=True)
-        for _ in range(20):
-            with autocast(student):
-                logits = student(input_ids=torch.arange(60)[None]).logits
-            logits.float().logsumexp(-1).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        weights = torch.cat([(p != b).flatten() for p, b in zip(student.parameters(), before) if p.abs().max() > 0])
-        moved[dtype] = weights.float().mean().item()
-    assert moved[torch.float32] > 0.5 and moved[torch.bfloat16] < 0.02, moved
+def test_a_trained_model_has_fp32_weights_at_any_precision(world):
+    """At a learning rate of 5e-7 an update of a bf16 weight would be rounded away."""
+    student = load_model(world["student"], opd.Args(precision="bf16"), trainable=True)
+    assert {p.dtype for p in student.parameters()} == {torch.float32} and student.autocasts
 
 
 def test_checkpointing_and_the_teachers_device_change_no_number(world, tmp_path):
