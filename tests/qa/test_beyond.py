@@ -7,34 +7,15 @@ import pytest
 import torch
 import transformers
 from conftest import arguments_of, even_length, read_log, run, write_jsonl
-from test_reliability import Killed, die_at
 from test_scripts import HOW, code_diff
 
 import curriculum
 import grpo
 from plumbing.fast import token_log_probs
 from plumbing.models import Vocab
-from plumbing.runs import Run
 
 # ----------------------------------------------------------------------------------------------------------------
 # kl_mix.py
-
-
-def first_gradient(script, arguments, out_dir, monkeypatch):
-    """The gradient of a script's first step, as one vector."""
-    grads = []
-
-    class Seen(BaseException):
-        pass
-
-    def clip(parameters, _):
-        grads.append(torch.cat([p.grad.flatten().clone() for p in parameters if p.grad is not None]))
-        raise Seen
-
-    with monkeypatch.context() as patch, pytest.raises(Seen):
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-        run(script, **arguments, out_dir=out_dir)
-    return grads[0]
 
 
 def test_the_mixture_adds_one_field_and_changes_the_marked_line():
@@ -67,8 +48,6 @@ def scripted(monkeypatch, trace):
         ([2, 2, 2, 2], "stop", [(2, 3), (4, 3), (6, 3), (8, 3)]),  # always stable: the whole ladder
         ([2, 2, 2, 2], "stop", [(2, 1), (4, 1), (6, 1), (8, 1)]),  # whatever the number of steps, shares differ by 1
         ([2, 2, 2, 2], "stop", [(2, 1), (4, 2), (6, 1), (8, 2)]),
-        ([2, 2, 2, 2], "stop", [(2, 2), (4, 2), (6, 2), (8, 3)]),
-        ([2, 2, 2, 2], "stop", [(2, 2), (4, 3), (6, 3), (8, 3)]),
         ([2, 1.0, 0.9], "stop", [(2, 3), (4, 3), (6, 3)]),  # H_min itself is stable; 6 was not: end with 4's weights
         ([2, 2, 0.9], "continue", [(2, 3), (4, 3), (6, 3), (4, 3)]),  # back to 4, and the gate is not asked again
         ([0.5], "stop", [(2, 3)]),  # not even the first length
@@ -99,29 +78,6 @@ def test_a_closed_gate_returns_the_last_stable_checkpoint(world, tmp_path, monke
     assert all(torch.equal(weight, short[name]) for name, weight in closed.items())
 
 
-@pytest.fixture(scope="module")
-def whole(world, tmp_path_factory):
-    """With the real gate, at an H_min that closes it on the way. -> (arguments, the log of a run without a kill)"""
-    arguments = world | LADDER | dict(save_every=2, on_closed="continue", h_min=4.4)
-    out_dir = tmp_path_factory.mktemp("whole")
-    run("curriculum", **arguments, out_dir=out_dir)
-    return arguments, read_log(out_dir)
-
-
-@pytest.mark.parametrize(
-    "place, name, nth",
-    [(curriculum, "sample", n) for n in (2, 4, 7, 10)] + [(Run, "_log", n) for n in (4, 7)]
-    + [(Run, "save_state", n) for n in (2, 5)],
-)  # fmt: skip
-def test_the_curriculum_survives_a_kill_in_a_stage_and_at_a_transition(place, name, nth, whole, tmp_path):
-    arguments, log = whole
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, place, name, nth, before=True)
-        run("curriculum", **arguments, out_dir=tmp_path)
-    run("curriculum", **arguments, out_dir=tmp_path)
-    assert read_log(tmp_path) == log
-
-
 @pytest.mark.parametrize(
     "script, prefixes, kl",
     [
@@ -147,13 +103,6 @@ def test_the_curriculum_runs_every_objective(script, prefixes, kl, world, tmp_pa
 # grpo.py
 
 
-def test_advantages_are_standardised_within_the_group():
-    """Two groups with offset rewards have the same advantages; a group of equal rewards has none, and no NaN."""
-    rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0], [10.0, 11.0, 10.0, 11.0], [1.0, 1.0, 1.0, 1.0]])
-    expected = torch.tensor([[-1.0, 1.0, -1.0, 1.0]] * 2 + [[0.0] * 4])
-    torch.testing.assert_close(grpo.group_advantages(rewards), expected, atol=1e-3, rtol=0)
-
-
 def test_the_surrogate_is_its_definition_and_its_gradient_that_of_finite_differences():
     torch.manual_seed(0)
     new, old, advantages = torch.randn(3, 200, dtype=torch.float64) * 0.4
@@ -164,34 +113,29 @@ def test_the_surrogate_is_its_definition_and_its_gradient_that_of_finite_differe
     assert torch.autograd.gradcheck(lambda x: grpo.clipped_surrogate(x, old, advantages, 0.2), new.requires_grad_())
 
 
-def test_grpo_reinforces_what_was_better_than_its_group(world, tmp_path, monkeypatch):
-    """With a reward for texts of even length the reward rises; with equal rewards nothing moves, and nothing is NaN."""
-    arguments = arguments_of("grpo", world, group_size=8, steps=24, eval_every=0, lr=1e-2)
-    monkeypatch.setattr(grpo, "grade", even_length)
-    run("grpo", **arguments, out_dir=tmp_path / "run")
-    rewards = [row["reward"] for row in read_log(tmp_path / "run")[1:]]
-    assert sum(rewards[-7:]) > sum(rewards[:7]) + 1.5
-    monkeypatch.setattr(grpo, "grade", lambda text, answer, grading: True)
-    run("grpo", **arguments | {"steps": 2}, out_dir=tmp_path / "equal")
-    assert all(row["grad_norm"] == 0 and row["reward"] == 1 for row in read_log(tmp_path / "equal")[1:])
-
-
 def test_grpo_first_gradient_is_the_policy_gradient_of_the_definition(world, tmp_path, monkeypatch):
     """−Σ A ∇ log q / tokens, one sequence at a time, on full logits; and more than one update starts from the same."""
+    sampled, gradients, sample, clip = [], [], grpo.sample, torch.nn.utils.clip_grad_norm_
+
+    def seen(parameters, norm):
+        parameters = list(parameters)
+        gradients.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        return clip(parameters, norm)
+
     monkeypatch.setattr(grpo, "grade", even_length)
-    seen = {}
-    sample = grpo.sample
-    monkeypatch.setattr(grpo, "sample", lambda *a, **k: seen.setdefault("rollouts", sample(*a, **k)))
-    arguments = arguments_of("grpo", world, batch_size=2, group_size=4)
-    gradient = first_gradient("grpo", arguments, tmp_path / "a", monkeypatch)
-    again = first_gradient("grpo", arguments | {"updates_per_step": 2}, tmp_path / "b", monkeypatch)
+    monkeypatch.setattr(grpo, "sample", lambda *a, **k: sampled.append(sample(*a, **k)) or sampled[-1])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", seen)
+    arguments = arguments_of("grpo", world, batch_size=2, group_size=4, steps=1)
+    run("grpo", **arguments, out_dir=tmp_path / "a")
+    run("grpo", **arguments | {"updates_per_step": 2}, out_dir=tmp_path / "b")
+    rollouts, (gradient, again, _) = sampled[0], gradients
     torch.testing.assert_close(again, gradient, rtol=1e-4, atol=1e-7)
 
     model = transformers.AutoModelForCausalLM.from_pretrained(world["student"]).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(world["student"])
-    rollouts = seen["rollouts"]
     texts = tokenizer.batch_decode(rollouts.responses(), skip_special_tokens=True)
     rewards = torch.tensor([float(even_length(text, None)) for text in texts]).view(2, 4)
+    assert read_log(tmp_path / "a")[1]["reward"] == rewards.mean()
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, unbiased=False, keepdim=True) + 1e-4)
     loss, log_probs = 0.0, []
     for ids, mask, prompt, a in zip(rollouts.ids, rollouts.mask, rollouts.prompt_mask, advantages.flatten()):

@@ -7,7 +7,6 @@ costs, and its peak of memory: `python bench/bench.py --preset h200`.
 """
 
 import copy
-import importlib
 import json
 import time
 
@@ -16,7 +15,10 @@ import torch
 import torch.distributed as dist
 import transformers
 from conftest import ROOT, read_log, run
+from test_reliability import Killed, die_at
 
+import opd
+from bench.bench import Case, model_config
 from common import draw, make_rollouts, reverse_kl, sample, weighted_kl
 from plumbing import fast, processes
 from plumbing.fast import autocast
@@ -75,26 +77,15 @@ def test_half_precision_rollouts(cache):
 
 
 def test_a_script_trains_saves_and_goes_on(tmp_path, monkeypatch):
-    toys = dict(student=str(ROOT / "toy/student"), teacher=str(ROOT / "toy/teacher"), data=str(ROOT / "toy/train.jsonl"))
-    arguments = toys | dict(
-        eval_data=str(ROOT / "toy/eval.jsonl"), steps=4, save_every=2, batch_size=16, micro_batch_size=5, eval_k=1,
-        eval_every=0, gradient_checkpointing=True, lr=1e-4,
-    )  # fmt: skip
+    monkeypatch.chdir(ROOT)  # where the toy is
+    arguments = dict(steps=4, save_every=2, batch_size=16, micro_batch_size=5, eval_k=1, eval_every=0, lr=1e-4)
+    arguments |= dict(gradient_checkpointing=True)
     run("opd", **arguments, out_dir=tmp_path / "whole")
     rows = read_log(tmp_path / "whole")
     assert json.loads((tmp_path / "whole/args.json").read_text())["precision"] == "bf16"
     assert len(rows) == 5 and all(row["grad_norm"] > 0 for row in rows[1:])
-    opd, calls = importlib.import_module("opd"), []
-    original = opd.sample
-
-    def cut(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(opd, "sample", cut)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, opd, "sample", 4, before=True)
         run("opd", **arguments, out_dir=tmp_path / "cut")
     run("opd", **arguments, out_dir=tmp_path / "cut")
     for row, expected in zip(read_log(tmp_path / "cut"), rows, strict=True):
@@ -144,10 +135,7 @@ def test_a_sharded_model_samples_and_learns():
 
 def test_what_a_decode_step_costs():
     """Printed, in ms: Qwen3-0.6B's shape, 32 rows, bf16, eagerly and as a graph, at two widths of the cache."""
-    config = transformers.Qwen3Config(
-        vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=40_960,
-    )  # fmt: skip
+    config = model_config("0.6B", Case("h200", vocab=151_936))
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.autocasts, vocab, ids = True, Vocab(151_936, (), 0), torch.ones(32, dtype=torch.long, device="cuda")

@@ -2,13 +2,17 @@
 
 import copy
 import importlib
-import inspect
 
 import pytest
-import test_gpu
 import torch
 from conftest import SCRIPTS, arguments_of, even_length, read_log, run
 from pretend_gpu import Graph, pretended, record
+from test_gpu import (  # noqa: F401  run here, too, so that what fails on the first GPU is not the test
+    test_graphs_are_recorded_on_the_models_own_device,
+    test_half_precision_rollouts,
+    test_loss_and_gradient_are_finite_and_those_of_a_cpu,
+    test_rollouts_on_a_cpu_by_graph_and_without_are_the_same,
+)
 from test_reliability import Killed, die_at
 from test_sampling import any_model, many  # noqa: F401  a fixture
 
@@ -20,7 +24,7 @@ from plumbing.runs import Run
 GPU = torch.device("cuda", 0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     monkeypatch.setattr(models, "device_here", lambda: GPU)
     monkeypatch.setattr(fast.FixedCache, "block", 8)
@@ -82,23 +86,7 @@ def test_a_run_is_a_cpu_s_wherever_its_teacher_is_and_goes_on(teacher_device, on
     assert gpu.replays > 10
 
 
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
-        ("rollouts_on_a_cpu_by_graph_and_without_are_the_same", (8,)),
-        ("graphs_are_recorded_on_the_models_own_device", ()),
-        ("half_precision_rollouts", ("fixed",)),
-        ("loss_and_gradient_are_finite_and_those_of_a_cpu", (201, True)),
-    ],
-)
-def test_what_waits_for_a_gpu_runs(name, arguments, gpu, request):
-    """Tests of test_gpu.py, so that what fails on the first GPU is not the test."""
-    test = getattr(test_gpu, f"test_{name}")
-    fixtures = [n for n in inspect.signature(test).parameters if n in ("monkeypatch", "tmp_path")]
-    test(*arguments, **{n: request.getfixturevalue(n) for n in fixtures})
-
-
-def test_so_does_the_bench(gpu):
+def test_so_runs_the_bench(gpu):
     small = bench.resolved(bench.Case("h200", device="cuda:0", shrink=True, max_new_tokens=20, steps=1))
     assert bench.measure("ours", small)["loss"] > 0 and gpu.replays > 10
 

@@ -14,31 +14,12 @@ from transformers import AutoConfig
 
 import evaluate
 from common import forward_kl, reverse_kl, sample, weighted_kl
-from docs import real_pair as module
+from docs import real_pair
 from plumbing.models import Vocab
 from plumbing.runs import parse
 
 
-@pytest.fixture
-def real_pair(tmp_path, monkeypatch):
-    recipe = tmp_path / "recipe.txt"
-    recipe.write_text("--steps 2 --batch_size 2 --max_new_tokens 4 --eval_problems 2 --eval_k 1 --eval_max_new_tokens 6\n")
-    monkeypatch.setattr(module, "RECIPE", recipe)
-    monkeypatch.setattr(module, "OUT", tmp_path / "out")
-    monkeypatch.setattr(module, "EVAL_PROMPTS", 6)
-    monkeypatch.setattr(module, "ACCURACY_PROBLEMS", 8)
-    monkeypatch.setattr(module, "ACCURACY_TOKENS", 24)
-    monkeypatch.setattr(module, "FEW", {"eval_problems": 1})
-    return module
-
-
-def toy(module):
-    paths = {name: str(ROOT / "toy" / name) for name in ("student", "teacher")}
-    data = {name: str(ROOT / "toy" / f"{file}.jsonl") for name, file in (("data", "train"), ("eval_data", "eval"))}
-    return module.Args(**paths, **data)
-
-
-def test_kls_by_token_are_those_of_the_loss(real_pair):
+def test_kls_by_token_are_those_of_the_loss():
     names = [str(ROOT / "toy" / name) for name in ("student", "teacher")]
     student, teacher = (transformers.AutoModelForCausalLM.from_pretrained(name).eval() for name in names)
     vocab = Vocab(student.config.vocab_size, (0, 2), 0)
@@ -57,9 +38,16 @@ def test_kls_by_token_are_those_of_the_loss(real_pair):
     assert [row["tokens"] for row in rows] == rollouts.mask.sum(1).tolist()
 
 
-def test_the_whole_command_in_small(real_pair, monkeypatch, capsys):
-    runs = {"opd-seed-0": ("opd", 0, {}), "mix-seed-1": ("kl_mix", 1, real_pair.FEW | {"lam": 0.2})}
-    monkeypatch.setattr(real_pair, "RUNS", runs)
+def test_the_whole_command_in_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    args = real_pair.Args("toy/student", "toy/teacher", data="toy/train.jsonl", eval_data="toy/eval.jsonl")
+    recipe = tmp_path / "recipe.txt"
+    words = "--steps 2 --batch_size 2 --max_new_tokens 4 --eval_problems 2 --eval_k 1 --eval_max_new_tokens 6"
+    recipe.write_text(words)
+    runs = {"opd-seed-0": ("opd", 0, {}), "mix-seed-1": ("kl_mix", 1, {"eval_problems": 1, "lam": 0.2})}
+    small = dict(EVAL_PROMPTS=6, ACCURACY_PROBLEMS=8, ACCURACY_TOKENS=24)
+    for name, value in (small | dict(RECIPE=recipe, OUT=tmp_path / "out", RUNS=runs)).items():
+        monkeypatch.setattr(real_pair, name, value)
     samplers, evaluations = [], []
 
     def watched_sample(model, *args, **options):
@@ -78,7 +66,7 @@ def test_the_whole_command_in_small(real_pair, monkeypatch, capsys):
 
     monkeypatch.setattr(real_pair, "sample", watched_sample)
     monkeypatch.setattr(real_pair.subprocess, "run", run_here)
-    real_pair.main(toy(real_pair))
+    real_pair.main(args)
     sizes = [AutoConfig.from_pretrained(ROOT / "toy" / name).hidden_size for name in ("teacher", "student")]
     assert samplers == sizes * 3 and sizes[0] > sizes[1]  # the teacher's prefixes are by the teacher
     assert [(args.eval_temperature, args.eval_k, args.eval_problems) for args in evaluations] == [(0, 1, 8)] * 2
@@ -90,10 +78,9 @@ def test_the_whole_command_in_small(real_pair, monkeypatch, capsys):
     # Nothing is done twice.
     monkeypatch.setattr(real_pair.subprocess, "run", None)
     monkeypatch.setattr(real_pair, "measure_kls", None)
-    real_pair.main(toy(real_pair))
+    real_pair.main(args)
     assert (real_pair.OUT / "real_pair.md").read_text() == table
     # ... and nothing is taken for another pair's.
-    args = toy(real_pair)
     args.teacher = args.student
     with pytest.raises(SystemExit, match="is of another pair"):
         real_pair.main(args)
@@ -102,7 +89,7 @@ def test_the_whole_command_in_small(real_pair, monkeypatch, capsys):
         real_pair.main(args)
 
 
-def test_intervals_are_of_paired_differences(real_pair):
+def test_intervals_are_of_paired_differences():
     """Problems differ by ten times as much as the two models do: paired, the difference is seen; unpaired it is not."""
     rng = np.random.default_rng(0)
     hard = rng.gamma(1.0, size=64)
@@ -114,7 +101,7 @@ def test_intervals_are_of_paired_differences(real_pair):
     assert np.std(real_pair.ratio(now, "forward")[1]) > 0.05
 
 
-def test_the_committed_tables_are_made_of_the_committed_numbers(real_pair):
+def test_the_committed_tables_are_made_of_the_committed_numbers():
     saved = json.loads((ROOT / "figures" / "real_pair.json").read_text())
     tables, text = real_pair.tables(**saved), (ROOT / "docs" / "real_models.md").read_text()
     for table in tables.split("\n\n"):

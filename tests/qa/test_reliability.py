@@ -1,6 +1,5 @@
 """A run loses nothing: killed anywhere, again and again, or out of disk space, it continues as if nothing had been."""
 
-import contextlib
 import importlib
 import inspect
 import itertools
@@ -9,7 +8,6 @@ import shutil
 import signal
 
 import pytest
-import safetensors
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
@@ -20,6 +18,7 @@ from plumbing import fast, runs
 from plumbing.runs import Run
 
 LONGER = dict(steps=6, save_every=2, eval_every=3, eval_k=1, updates_per_step=2)
+CLOSING = dict(lengths="2,4,6", h_min=4.585, on_closed="continue")  # the curriculum's gate opens once, and closes
 
 
 class Killed(BaseException):
@@ -42,16 +41,18 @@ def die_at(patch, module, name, nth, before):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, tmp_path, monkeypatch):
-    """Ten kills on the way to one result: while sampling, scoring, updating, evaluating, logging, saving."""
-    module, arguments = importlib.import_module(script), arguments_of(script, world, **LONGER)
+    """Eleven kills on the way to one result: while sampling, scoring, updating, evaluating, logging, saving."""
+    module, arguments = importlib.import_module(script), arguments_of(script, world, **LONGER, **CLOSING)
     if script == "grpo":
         monkeypatch.setattr(module, "grade", even_length)
     run(script, **arguments, out_dir=tmp_path / "whole/run")
     cut = tmp_path / "cut/run"
     own = "sample(student" in inspect.getsource(module)  # prefixes of its own
     source = (module, "sample") if own else (TeacherRollouts, "__call__")
+    transition = [(Run, "save_state", 1, True), (Run, "save_state", 2, True)]  # before and after "stable" is written
     places = [
         (Run, "_evaluate", 1, True),  # before the first update
+        *(transition if script == "curriculum" else []),
         (*source, 2, False),
         (fast, "response_hidden", 5, False),  # while scoring
         (torch.nn.utils, "clip_grad_norm_", 3, False),  # before the update of step 3, with step 2 saved
@@ -62,6 +63,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, 
         (shutil, "rmtree", 1, False),  # ... all of it, under its provisional name
         (shutil, "rmtree", 2, True),  # ... the new state, and the old one still there
         (runs, "draw_curves", 1, False),  # all steps done, no model yet
+        (transformers.PreTrainedModel, "save_pretrained", 1, False),  # weights, but no tokenizer
     ]
     kills = 0
     for module_or_library, name, nth, before in places:
@@ -74,34 +76,20 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, 
         if name == "_log":
             with open(cut / "log.jsonl", "a") as file:
                 file.write('{"step": 3, "los')
-    assert kills >= 10 and not (cut / "model").exists()
+    assert kills >= 11 and not (cut / "model").exists()
     run(script, **arguments, out_dir=cut)
-    assert read_log(cut) == read_log(tmp_path / "whole/run")
+    rows = read_log(cut)
+    assert rows == read_log(tmp_path / "whole/run")
+    gates = [row["gate_open"] for row in rows if "gate_open" in row]
+    assert gates == ([True, False] if script == "curriculum" else [])
     models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / d / "run/model") for d in ("cut", "whole")]
     assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models)))
 
 
-def room(limit):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-@contextlib.contextmanager
-def no_room(limit):
-    """As on a full disk, no file can grow past so many bytes: the operating system itself fails the write. (To be used
-    with capsys: what pytest captures otherwise goes to files too.)"""
-    handler, old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    room(limit)
-    try:
-        with pytest.raises((OSError, safetensors.SafetensorError, dcp.api.CheckpointException)):
-            yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("limit", [0, 2000, 60_000])
 def test_a_full_disk_costs_nothing(limit, world, tmp_path, capsys):
-    """Nothing is written in place: the last good state is intact, and with room again the run goes on from it."""
+    """No file can grow past `limit` bytes: the operating system fails the write. Nothing is written in place: the last
+    good state is intact, and with room again the run goes on from it. (capsys: else pytest's own captures are files.)"""
     arguments = arguments_of("opd", world, **LONGER)
     run("opd", **arguments, out_dir=tmp_path / "whole")
     cut = tmp_path / "cut"
@@ -110,26 +98,14 @@ def test_a_full_disk_costs_nothing(limit, world, tmp_path, capsys):
         run("opd", **arguments, out_dir=cut)
     state = lambda: {path.name: path.read_bytes() for path in (cut / "state-2").iterdir()}  # noqa: E731
     before = state()
-    with no_room(limit):
-        run("opd", **arguments, out_dir=cut)
+    handler, old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises((OSError, dcp.api.CheckpointException)):
+            run("opd", **arguments, out_dir=cut)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
     assert state() == before
     run("opd", **arguments, out_dir=cut)
     assert read_log(cut) == read_log(tmp_path / "whole")
-
-
-def test_no_room_for_the_model_and_none_for_the_teachers_rollouts(world, tmp_path, capsys):
-    arguments = arguments_of("sft_offpolicy", world, **LONGER)
-    run("sft_offpolicy", **arguments, out_dir=tmp_path / "a/whole")
-    out = tmp_path / "b/run"
-    with pytest.MonkeyPatch.context() as patch, no_room(resource.RLIM_INFINITY):
-        patch.setattr(runs, "draw_curves", lambda out_dir: room(50))
-        run("sft_offpolicy", **arguments, out_dir=out)
-    assert not (out / "model").exists()
-    run("sft_offpolicy", **arguments, out_dir=out)
-    assert (out / "model").exists() and read_log(out) == read_log(tmp_path / "a/whole")
-    shutil.rmtree(tmp_path / "b/teacher_rollouts")
-    with pytest.MonkeyPatch.context() as patch, no_room(resource.RLIM_INFINITY):
-        patch.setattr(runs.Store, "has", lambda self, key, n: room(50))
-        run("sft_offpolicy", **arguments, out_dir=tmp_path / "b/other")
-    run("sft_offpolicy", **arguments, out_dir=tmp_path / "b/other")
-    assert [row["step"] for row in read_log(tmp_path / "b/other")] == list(range(7))

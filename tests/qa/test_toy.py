@@ -14,7 +14,7 @@ import opd
 from common import evaluate
 from plumbing.models import load_model, load_vocab
 from plumbing.runs import parse
-from plumbing.tasks import grade, load_problems
+from plumbing.tasks import load_problems
 from toy import build
 
 TOY = ROOT / "toy"
@@ -72,8 +72,6 @@ def test_the_data_are_right_and_disjoint():
     assert len(set(problems["train"]) | set(problems["eval"])) == len(problems["train"]) + len(problems["eval"])
     for row in rows["train"] + rows["eval"]:
         assert sum(map(int, row["problem"].split("+"))) % 10 == int(row["answer"])
-        right = f"=...####{row['answer']}"
-        assert grade(right, row["answer"]) and not grade(right + "####x", row["answer"])
 
 
 def documents(respond):
