@@ -216,6 +216,10 @@ def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tm
 
     assert count("sft_offpolicy", "a") == 12  # 12 prompts, two epochs
     assert count("sft_offpolicy", "b", lr=1e-4, rollout_batch_size=2) == 0  # another run
+    with monkeypatch.context() as patch:  # where another process misses one, this one samples along, and keeps nothing
+        patch.setattr(common, "sum_over_processes", lambda n: n + 1)
+        assert count("sft_offpolicy", "o") == 6
+    assert read_log(tmp_path / "o") == read_log(tmp_path / "a")
     assert count("sft_offpolicy", "l", seed=5) == 12  # another seed: the teacher's answers vary with it
     assert count("offline_rl_distill", "c") == 0  # another script
     assert count("sft_offpolicy", "d", max_new_tokens=3) == 0  # a shorter training length

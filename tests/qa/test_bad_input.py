@@ -282,6 +282,14 @@ NEW_FIELDS = FIELD + (
 )
 
 
+def test_help_is_the_docstring_and_what_stands_behind_every_field(capsys):
+    with pytest.raises(SystemExit):
+        runs.parse(opd.Args, ["--help"])
+    said = capsys.readouterr().out
+    assert opd.__doc__ in said
+    assert "--lr LR AdamW's learning rate, constant after the warm-up; > 0 (default: 0.0005)" in " ".join(said.split())
+
+
 def test_new_fields_are_checked_by_what_they_say(tmp_path, monkeypatch):
     mine = sibling(tmp_path, monkeypatch, (FIELD, NEW_FIELDS))
     runs.check_args(mine.Args())
