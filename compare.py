@@ -73,8 +73,10 @@ def run_all(args, world, seeds):
     def submit(name, seed):
         script, arguments = runs[name]
         student = arguments["student"]
-        if student in runs or not os.path.isdir(student):  # another run's result, or one of make_variants
-            student = os.path.join(dirs[student][seed] if student in runs else os.path.join(out, student), "model")
+        if student in runs:
+            student = os.path.join(dirs[student][seed], "model")
+        elif not os.path.isdir(student):  # one of make_variants
+            student = os.path.join(out, student, "model")
         return pool.submit(run_one, script, arguments | dict(student=student, seed=seed), dirs[name][seed])
 
     first = [name for name, (_, arguments) in runs.items() if arguments["student"] not in runs]

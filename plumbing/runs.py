@@ -79,13 +79,15 @@ def _comments(Args):
 
 def check_fields(args):
     """Refuse, by name, what a field says of itself that it cannot be: the values of a Literal, and the bounds in its
-    comment. Any dataclass will do, so a script of one's own needs no entry here."""
+    comment. A number is always finite. Any dataclass will do, so a script of one's own needs no entry here."""
     comments, kinds = _comments(type(args)), typing.get_type_hints(type(args))
     tests = {">=": ("at least", float.__ge__), ">": ("above", float.__gt__), "<=": ("at most", float.__le__)}
     for name, value in vars(args).items():
         allowed = typing.get_args(kinds[name]) if typing.get_origin(kinds[name]) is typing.Literal else (value,)
         if value not in allowed:
             refuse(f"--{name} is {value!r}, and must be one of: {', '.join(allowed)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(f"--{name} is {value}, and must be a finite number")
         for sign, bound in re.findall(r"(>=|<=|>) ?(\d[\d.]*)", comments.get(name, "")):
             words, holds = tests[sign]
             if not holds(float(value), float(bound)):

@@ -123,7 +123,7 @@ def in_the_way(name, content, inside=""):
 
 OUT_OF_BOUNDS = dict(
     steps=[0, -5], batch_size=[0], micro_batch_size=[0], rollout_batch_size=[-1], max_new_tokens=[0],
-    lr=[0, -1e-3, "nan"], temperature=[0, -1, "nan"], top_p=[0, 1.5], top_k=[-1],
+    lr=[0, -1e-3, "nan", "inf"], temperature=[0, -1, "nan"], top_p=[0, 1.5], top_k=[-1],
     eval_problems=[-1], eval_temperature=[-0.5], warmup=[2], seed=[-1], save_every=[0],
 )  # fmt: skip
 BEFORE_MODELS = {

@@ -191,16 +191,21 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     """The whole of it in miniature: plan, runs, tables and figures; the second time nothing runs."""
     real = findings.plan
     small = world | dict(steps=2, batch_size=2, lengths="2,8", eval_every=0)
+    variants = "same-end", "untied"
+
+    def make_variants(world, out_dir):
+        for name in variants:
+            shutil.copytree(small["student"], Path(out_dir, name, "model"), dirs_exist_ok=True)
 
     def plan(args, place):
         runs = real(args, place)
         for name, (script, arguments) in runs.items():
-            start = arguments["student"] if arguments["student"] in runs else small["student"]
+            start = arguments["student"] if arguments["student"] in {*runs, *variants} else small["student"]
             runs[name] = (script, arguments | arguments_of(script, small, student=start))
         return runs
 
     monkeypatch.setattr(findings, "plan", plan)
-    monkeypatch.setattr(findings, "make_variants", lambda world, out_dir: None)
+    monkeypatch.setattr(findings, "make_variants", make_variants)
     monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", lambda *args, **options: InProcess())
     argv = f"--out_dir {tmp_path} --worlds toy --seeds 1 --steps 4 --rl_steps 1 --short 2 --length 9"
     args = parse(compare.Args, argv.split())
