@@ -1,392 +1,439 @@
-"""KL math, sampling, evaluation: with one script, all that a reader needs. Read it from the top.
+"""KL math, the loss, sampling, evaluation: with one script, all that a reader needs. Read it from the top.
 
-Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes (`sample(student,
-...)` or the teacher's rollouts) and which divergence (`forward_kl` or `reverse_kl`). plumbing/ may be skipped.
+Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes, and which KL.
 
-Notation: B sequences (b in a micro-batch) of P prompt and R response tokens, padded; N response tokens in all; H hidden
-size, V vocabulary size, T temperature; p_T (p) is the frozen teacher, q_θ (q) the student. Logits at position t predict
-token t + 1. KLs and entropies: nats. Arguments: student first, teacher second, though forward KL is KL(p‖q).
+B sequences of T tokens, N response tokens in all, H hidden size, V vocabulary size. q is the student, p the frozen
+teacher; arguments come in this order, although forward KL is KL(p‖q). KLs and entropies are in nats. Logits at
+position t predict token t + 1. What may be skipped lives in plumbing/.
 """
 
+import contextlib
+import hashlib
 import math
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import CompileConfig, DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
-from plumbing.fast import Head, autocast, decoder_for, response_hidden, sampling_logits, sequence_flops, weighted_loss
-from plumbing.processes import gather, is_main, rank_and_world, sum_over_processes, unsharded
-from plumbing.runs import Store
-from plumbing.tasks import find_answer, grade, text_of
+from plumbing.arguments import refuse
+from plumbing.grading import find_answer, grade
+from plumbing.models import autocast, compute_dtype, sequence_flops, static_cache
+from plumbing.processes import body, gather, is_main, rank_and_world
 
 # ----------------------------------------------------------------------------------------------------------------
-# 1. KL math
+# 1. KL math: logits (..., V), (..., V) -> (...), nats, unreduced, in fp32 at least; differentiable in the student only
 
 
-def kl_by_definition(a_logits, b_logits):
-    """KL(a‖b) = E_{y~a}[ log a(y) − log b(y) ], as one writes it first. (..., V), (..., V) -> (...), nats.
+def forward_kl(student_logits, teacher_logits):
+    """KL(p‖q) = Σ_y p(y) (log p(y) − log q(y)): the student is to cover all that the teacher says."""
+    return kl(teacher_logits.detach(), student_logits)
 
-    forward_kl(student, teacher) is this of (teacher, student), and reverse_kl(student, teacher) of (student, teacher).
-    A divergence of your own may be written like it; the two below add speed, half precision, infinities, draws."""
-    log_a, log_b = a_logits.log_softmax(-1), b_logits.log_softmax(-1)
+
+def reverse_kl(student_logits, teacher_logits):
+    """KL(q‖p) = Σ_y q(y) (log q(y) − log p(y)): the student is to avoid what the teacher does not say."""
+    return kl(student_logits, teacher_logits.detach())
+
+
+def mixed_kl(student_logits, teacher_logits, lam):
+    """λ KL(q‖p) + (1 − λ) KL(p‖q), linear in λ. Not the generalised JSD of GKD, which goes to 0 at both ends."""
+    return lam * reverse_kl(student_logits, teacher_logits) + (1 - lam) * forward_kl(student_logits, teacher_logits)
+
+
+def kl(a_logits, b_logits):
+    """KL(a‖b) = E_{y ~ a}[ log a(y) − log b(y) ]."""
+    log_a, log_b = log_probs(a_logits), log_probs(b_logits)
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
-def forward_kl(student_logits, teacher_logits, u=None):
-    """KL(p_T‖q_θ) = Σ_y p_T(y) (log p_T(y) − log q_θ(y)): mass-covering; cross-entropy (SFT) less H(p_T).
-
-    (..., V), (..., V) -> (...), nats, unreduced. Computed in fp32 where the input is half precision, in the input's
-    own precision otherwise. Differentiable in the student's logits only. Finite wherever the limit is.
-    u (...) random numbers in [0, 1): estimate the sum by the one token y ~ p_T that u picks, log p_T(y) − log q_θ(y);
-    the gradient, −∇ log q_θ(y), is unbiased for the exact one: Proposition 1 (i).
-    """
-    return _KL.apply(student_logits, teacher_logits, 0.0, u)
+def sampled_forward_kl(student_logits, teacher_logits):
+    """Forward KL from one token y ~ p. Its gradient, −∇ log q(y), is that of SFT: Proposition 1 (i)."""
+    log_q, log_p = log_probs(student_logits), log_probs(teacher_logits.detach())
+    y = draw(log_p.exp())
+    return (log_p.gather(-1, y) - log_q.gather(-1, y))[..., 0]
 
 
-def reverse_kl(student_logits, teacher_logits, u=None):
-    """KL(q_θ‖p_T) = Σ_y q_θ(y) (log q_θ(y) − log p_T(y)): mode-seeking, a policy gradient with a dense reward.
-
-    Shapes, units and precision as in forward_kl. u (...): estimate the sum by the one token y ~ q_θ that u picks; the
-    gradient, (log q_θ(y) − log p_T(y)) ∇ log q_θ(y) with the bracket held constant, is Proposition 1 (ii).
-    """
-    return _KL.apply(student_logits, teacher_logits, 1.0, u)
-
-
-def mixed_kl(student_logits, teacher_logits, lam, u=None):
-    """λ·KL(q_θ‖p_T) + (1−λ)·KL(p_T‖q_θ), λ = lam in [0, 1]: 0 is forward_kl, 1 is reverse_kl, linear in between.
-
-    Not the generalised JSD of GKD, which compares both with a mixture *distribution* and goes to 0 at its ends.
-    Shapes, units, precision and u as in forward_kl.
-    """
-    return _KL.apply(student_logits, teacher_logits, float(lam), u)
+def sampled_reverse_kl(student_logits, teacher_logits):
+    """Reverse KL from one token y ~ q. Its gradient, −reward · ∇ log q(y), is a policy gradient: Proposition 1 (ii)."""
+    log_q, log_p = log_probs(student_logits), log_probs(teacher_logits.detach())
+    y = draw(log_q.detach().exp())
+    log_q, log_p = log_q.gather(-1, y)[..., 0], log_p.gather(-1, y)[..., 0]
+    reward = (log_p - log_q).detach()  # dense: one for every token
+    return -reward * (1 + log_q - log_q.detach())  # the bracket is 1, and its gradient is ∇ log q(y)
 
 
-class _KL(torch.autograd.Function):
-    """λ·KL(q‖p) + (1−λ)·KL(p‖q) at every prefix. Its backward *is* Proposition 1 of arXiv 2605.16826.
-
-    For a softmax, ∇ log q(y) in logit space is onehot(y) − q. Put that into the two statements of the proposition, and
-    (i) is q − p, cross-entropy on soft targets; (ii) is q · (log q − log p − KL), a policy gradient with the reward
-    log p − log q: −q · KL comes of the score's −q, and no baseline would change the sum. `u` draws the one token y that
-    an expectation is over, and a one-hot takes the place of its distribution. The gradient is formed while the
-    softmaxes are at hand: V-sized tensors are what costs time and memory, and autograd would keep several of them.
-    """
-
-    @staticmethod
-    def forward(ctx, student_logits, teacher_logits, lam, u):
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)  # in bf16 a KL of .0012 comes out as .0026
-        log_q, log_p = (logits.to(dtype).log_softmax(-1) for logits in (student_logits, teacher_logits))
-        p = log_p.exp() if lam < 1 else None
-        log_ratio = torch.sub(log_q, log_p, out=log_p)  # in place, here and below: log_p and log_q are gone
-        q = log_q.exp_()
-        parts = []
-        if lam < 1:  # (i)  ∇ KL(p‖q) = − E_{y~p}[ ∇ log q(y) ]
-            expected = p if u is None else _one_hot(draw(p, u), p)
-            grad = q - expected
-            parts.append((1 - lam, -_times(expected, log_ratio).sum(-1), grad))
-        if lam > 0:  # (ii)  ∇ KL(q‖p) = E_{y~q}[ (log q(y) − log p(y)) ∇ log q(y) ]
-            expected = q if u is None else _one_hot(draw(q, u), q)
-            grad = _times(expected, log_ratio)
-            kl = grad.sum(-1)
-            parts.append((lam, kl, grad.addcmul_(q, kl[..., None], value=-1)))
-        (share, kl, grad), *other = parts
-        for other_share, other_kl, other_grad in other:
-            kl = share * kl + other_share * other_kl
-            grad = grad.mul_(share).add_(other_grad, alpha=other_share)
-        ctx.save_for_backward(grad)
-        ctx.dtype = student_logits.dtype
-        return kl
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        (grad,) = ctx.saved_tensors
-        return (grad_output[..., None] * grad).to(ctx.dtype), None, None, None
-
-
-def _one_hot(y, like):  # (...), (..., V) -> (..., V)
-    return torch.zeros_like(like).scatter_(-1, y[..., None], 1.0)
-
-
-def _times(probs, x):
-    """probs · x, with 0 · log 0 = 0."""
-    return (probs * x).masked_fill_(probs == 0, 0.0)
+def sampled_mixed_kl(student_logits, teacher_logits, lam):
+    """λ sampled reverse KL + (1 − λ) sampled forward KL: one token of each."""
+    forward, reverse = (
+        sampled_forward_kl(student_logits, teacher_logits),
+        sampled_reverse_kl(student_logits, teacher_logits),
+    )
+    return lam * reverse + (1 - lam) * forward
 
 
 def entropy(logits):
-    """H(softmax(logits)) = −Σ_y q(y) log q(y). (..., V) -> (...), nats, in fp32 where the input is half precision."""
-    log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return -_times(log_q.exp(), log_q).sum(-1)
+    """H(q) = −Σ_y q(y) log q(y). (..., V) -> (...)"""
+    log_q = log_probs(logits)
+    return -(log_q.exp() * log_q).sum(-1)
 
 
-def as_one_end(logits, end_ids):
-    """The logits of the same distribution with all end tokens as one: p(end) = Σ p(y) over y in end_ids.
+def merge_ends(logits, end_ids):
+    """The same distribution with all end tokens as one action, which stands last. (..., V) -> (..., V − ends + 1)
 
-    (..., V) -> (..., V − len(end_ids) + 1), differentiable; the one end stands last. A base student says <|endoftext|>
-    where its chat teacher says <|im_end|>: told apart, reverse KL punishes the student for ending. Summing is
-    coarse-graining, so by the data-processing inequality no KL grows by it (up to rounding)."""
-    end_ids = torch.tensor(end_ids, device=logits.device)
-    others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device).index_fill_(0, end_ids, False)
-    return torch.cat([logits[..., others], logits[..., end_ids].logsumexp(-1, keepdim=True)], -1)
+    A base student stops with <|endoftext|> where its chat teacher says <|im_end|>. Merging can only lower a KL."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(dtype).clamp(min=torch.finfo(dtype).min)
+    is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    is_end[list(end_ids)] = True
+    return torch.cat([logits[..., ~is_end], logits[..., is_end].logsumexp(-1, keepdim=True)], -1)
 
 
-def weighted_kl(divergence, student, teacher, batch, token_weights, vocab, estimator="exact", ends="apart", chunk=None):
-    """Σ token_weights · divergence(q_θ, p_T) over the N response tokens of a batch of Rollouts. Padding aside, it is
+def log_probs(logits):
+    """log softmax(logits), in fp32 at least: in bf16 a KL of .0012 comes out as .0026. −inf becomes the lowest number,
+    so that 0 · log 0 is 0."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(dtype).log_softmax(-1).clamp(min=torch.finfo(dtype).min)
 
-        q_logits, p_logits = (model(ids).logits[:, P - 1 : -1] for model in (student, teacher))  # t − 1 predicts t
-        loss = (token_weights * divergence(q_logits, p_logits)).sum()
 
-    with the logits of one chunk of tokens at a time: together they are gigabytes. vocab: both models' ids and ends.
-    divergence: forward_kl, reverse_kl or any function of two logit tensors (n, V), (n, V) -> (n,). estimator: "exact",
-    or "sampled" for divergences that take `u`. ends: "as_one" compares all end tokens as one action (see as_one_end).
-    token_weights (B, R): what each response token counts, e.g. mask / response tokens per process, as in the scripts;
-    padding is not looked at. -> loss (), and detached Σ token_weights · the student's entropy (), ends apart (nats)."""
-    device = next(student.parameters()).device  # the teacher may be elsewhere: its hidden states and head come here
-    with torch.no_grad():
-        teacher_hidden = response_hidden(teacher, batch).to(device)  # (N, H_T)
-        teacher_head = Head(teacher, vocab, device)
-    if estimator == "sampled":
-        u = uniforms(batch.keys, batch.mask.shape[1], "estimate")[batch.mask.cpu()].to(device)  # (N,)
+def draw(probs, generator=None):
+    """One token by inverse CDF: (..., V) -> (..., 1). A third of torch.multinomial's time at V = 152k, a tenth at 256.
 
-    def token_kl(student_logits, c):  # c: the slice of the N tokens that a chunk holds
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher_hidden[c])
-        if ends == "as_one":
-            student_logits, teacher_logits = (as_one_end(x, vocab.end_ids) for x in (student_logits, teacher_logits))
-        return divergence(student_logits, teacher_logits, **({"u": u[c]} if estimator == "sampled" else {}))
+    Without a generator the numbers are torch's own, which the scripts seed at the top of every step."""
+    cdf = probs.cumsum(-1, dtype=torch.float64)  # in fp32 a quarter of 152k probabilities would add nothing
+    u = torch.rand(*probs.shape[:-1], 1, dtype=torch.float64, device=probs.device, generator=generator)
+    return torch.searchsorted(cdf, u * cdf[..., -1:], right=True).clamp(max=probs.shape[-1] - 1)
 
-    return weighted_loss(token_kl, entropy, student, batch, token_weights, vocab, chunk)
+
+def seed_of(*words):
+    """64 bits that depend on all the words, such as (seed, "rollouts", step), and on the rank of this process. So no
+    two things of a run draw the same numbers, and a run that goes on draws what it would have drawn."""
+    text = repr((*words, rank_and_world()[0]))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 2. Sampling
+# 2. Rollouts, and the loss on them
 
 
 @dataclass
 class Rollouts:
-    """B sequences, prompts padded on the left to P tokens, responses on the right to R, so that position P is where
-    every response begins and a loss is one slice. Padding is marked in masks, never by a token id: pad may be eos."""
+    """B prompts with their responses, padded on the right. Causal attention does not look there: no mask is needed."""
 
-    ids: torch.Tensor  # (B, P+R) token ids
-    prompt_mask: torch.Tensor  # (B, P) True at prompt tokens
-    mask: torch.Tensor  # (B, R) True at response tokens, the end token included
-    ended: torch.Tensor  # (B,) True where the response ends in an end token, False where the cap cut it off
-    keys: list  # B random keys, see uniforms
+    ids: torch.Tensor  # (B, T) token ids; what stands in the padding is never looked at
+    mask: torch.Tensor  # (B, T) True at response tokens, the end token included
+    ended: torch.Tensor  # (B,) True where the response finishes with an end token, False where it was cut
+    rows: torch.Tensor  # (B,) which rows of the batch these are
     flops: float = 0.0  # model FLOPs that sampling cost
-    entropy: torch.Tensor | None = None  # (B, R) nats, of the sampler's own distribution at T = 1, if asked for
-
-    @property
-    def prompt_len(self):
-        return self.prompt_mask.shape[1]
+    nats: torch.Tensor | None = None  # (B,) Σ H(q) over the tokens of a response, of the sampler at T = 1, if asked for
 
     def lengths(self):
-        """-> response lengths (B,), prompt lengths (B,), in tokens, on the CPU."""
-        return self.mask.sum(1).cpu(), self.prompt_mask.sum(1).cpu()
+        """-> response lengths (B,), and prompt lengths (B,), in tokens."""
+        return self.mask.sum(1), self.mask.int().argmax(1)
 
     def responses(self):
-        """-> B lists of response token ids, padding removed."""
-        return [row[m].tolist() for row, m in zip(self.ids[:, self.prompt_len :], self.mask)]
-
-    def take(self, rows):
-        """-> the Rollouts of these rows (a tensor of their numbers), with no more padding than they need."""
-        mask, prompt_mask = self.mask[rows], self.prompt_mask[rows]
-        R, P = int(mask.sum(1).max()), int(prompt_mask.sum(1).max())
-        ids = self.ids[rows, self.prompt_len - P : self.prompt_len + R]
-        keys = [self.keys[i] for i in rows.tolist()]
-        return Rollouts(ids, prompt_mask[:, self.prompt_len - P :], mask[:, :R], self.ended[rows], keys)
+        """-> B lists of response token ids."""
+        return [ids[mask].tolist() for ids, mask in zip(self.ids, self.mask)]
 
     def split(self, n):
-        """-> micro-batches of at most n rows, sorted by response length so that little of them is padding."""
-        for rows in self.mask.sum(1).argsort(stable=True).split(n):
-            yield self.take(rows)
+        """-> micro-batches of at most n rows, of like length, so that little of them is padding."""
+        widths = sum(self.lengths())
+        for rows in widths.argsort(stable=True).split(n):
+            T = max(1, int(widths[rows].max()))
+            yield Rollouts(self.ids[rows, :T], self.mask[rows, :T], self.ended[rows], self.rows[rows])
 
 
-def make_rollouts(prompts, responses, ended, keys, vocab, device):
-    """Rollouts from lists of prompt ids and response ids."""
-    P, R = max(map(len, prompts)), max(map(len, responses))
-    ids = torch.full((len(prompts), P + R), vocab.pad_id)
-    mask = torch.zeros(len(prompts), P + R, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(zip(prompts, responses)):
-        row = slice(P - len(prompt), P + len(response))
-        ids[i, row], mask[i, row] = torch.tensor([*prompt, *response]), True
-    ids, mask, ended = ids.to(device), mask.to(device), torch.tensor(ended, dtype=torch.bool, device=device)
-    return Rollouts(ids, mask[:, :P], mask[:, P:], ended, keys)
+def make_rollouts(prompts, responses, ended, device):
+    """Rollouts from B lists of prompt ids and of response ids, and B bools."""
+    ids = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
+    masks = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(ids, prompts)]
+    ids, mask = (pad_sequence(rows, batch_first=True).to(device) for rows in (ids, masks))
+    return Rollouts(ids, mask, torch.tensor(ended, device=device), torch.arange(len(ids), device=device))
+
+
+def teacher_rollouts(teacher, batch, max_new_tokens):
+    """The responses that the data hold for a batch, cut at max_new_tokens. -> Rollouts, whose FLOPs are those of
+    sampling a response from the teacher, uncut, where the run uses it for the first time."""
+    cut = [response[:max_new_tokens] for response in batch.responses]
+    ended = [e and len(response) <= max_new_tokens for e, response in zip(batch.ended, batch.responses)]
+    rollouts = make_rollouts(batch.prompts, cut, ended, teacher.device)
+    new = torch.tensor([len(response) * first for response, first in zip(batch.responses, batch.first_use)])
+    rollouts.flops = sequence_flops(teacher, new[new > 0], rollouts.lengths()[1].cpu()[new > 0])
+    return rollouts
+
+
+def distillation_loss(
+    divergence, student, teacher, batch, token_weights, end_ids=(), ends="apart", vocab_size=None, chunk=None
+):
+    """Σ token_weights · divergence(q, p) over the N response tokens of a batch. -> loss (), and Σ token_weights · H(q)
+    (), detached. Padding aside, it is, for response tokens P, P + 1, ..., T − 1,
+
+        q_logits, p_logits = (model(ids).logits[:, P - 1 : -1] for model in (student, teacher))
+        loss = (token_weights * divergence(q_logits, p_logits)).sum()
+
+    divergence: any function of two logit tensors (n, V), (n, V) -> (n,). token_weights (B, T): what each token counts,
+    such as 1 / response tokens of the global batch. ends: "as_one" compares all of end_ids as one action. vocab_size:
+    logits beyond the ids of the tokenizer are cropped. chunk: tokens whose logits exist at a time."""
+    with torch.no_grad():
+        teacher_hidden, teacher_head = response_hidden(teacher, batch), head_of(teacher, vocab_size)  # (N, H_T)
+
+    def token_loss(student_logits, c):  # c: the slice of the N tokens that a chunk holds
+        with torch.no_grad():
+            teacher_logits = logits_of(teacher, teacher_hidden[c], *teacher_head)
+        if ends == "as_one":
+            student_logits, teacher_logits = (merge_ends(x, end_ids) for x in (student_logits, teacher_logits))
+        return divergence(student_logits, teacher_logits)
+
+    return weighted_loss(token_loss, student, batch, token_weights, vocab_size, chunk)
+
+
+def response_hidden(model, batch):
+    """-> (N, H) the hidden states that predict the N response tokens: those one position before them."""
+    with autocast(model):
+        hidden = body(model)(input_ids=batch.ids, use_cache=False).last_hidden_state  # (B, T, H)
+    return hidden[:, :-1][batch.mask[:, 1:]]
+
+
+def head_of(model, vocab_size=None):
+    """The LM head: its weight (V, H) and bias (V,), if it has one, detached, cropped, in its product's precision."""
+    return [x.detach()[:vocab_size].to(compute_dtype(model)) for x in model.get_output_embeddings().parameters()]
+
+
+def logits_of(model, hidden, weight, bias=None):
+    """(n, H) -> (n, V), with Gemma's bound on logits. A head that does anything else is refused by check_models."""
+    logits = F.linear(hidden.to(weight.dtype), weight, bias)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def weighted_loss(token_loss, model, batch, token_weights, vocab_size=None, chunk=None):
+    """Σ token_weights · token_loss(logits (n, V), c) -> (n,), for a chunk c of the N response tokens at a time, in the
+    order of tensor[batch.mask]. -> loss (), and Σ token_weights · H(q) (), detached."""
+    hidden, weights, head = response_hidden(model, batch), token_weights[batch.mask], model.get_output_embeddings()
+    chunk = chunk or max(64, 2**25 // len(head.weight))  # a chunk's logits take 128 MiB in fp32
+    return _InChunks.apply(model, token_loss, weights, vocab_size, chunk, hidden, *head.parameters())
+
+
+class _InChunks(torch.autograd.Function):
+    """LM head and token loss for some tokens at a time: N × V logits would be gigabytes. The gradient of a chunk is
+    formed at once, and its logits are freed. The head's gradients are added up in fp32."""
+
+    @staticmethod
+    def forward(ctx, model, token_loss, weights, vocab_size, chunk, hidden, *parameters):
+        head = [x.requires_grad_() for x in head_of(model, vocab_size)]
+        grad_hidden, *grad_parameters = (torch.zeros_like(x) for x in (hidden, *parameters))
+        loss, mean_entropy = weights.new_zeros(2)
+        for c in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
+            with torch.enable_grad():
+                states = hidden[c].detach().requires_grad_()  # (n, H)
+                logits = logits_of(model, states, *head)  # (n, V)
+                chunk_loss = (weights[c] * token_loss(logits, c)).sum()
+            grad_hidden[c], *grads = torch.autograd.grad(chunk_loss, (states, *head))
+            for total, grad in zip(grad_parameters, grads):
+                total[: len(grad)] += grad  # a cropped head is shorter than the model's
+            loss = loss + chunk_loss.detach()
+            mean_entropy = mean_entropy + (weights[c] * entropy(logits.detach())).sum()
+        ctx.save_for_backward(grad_hidden, *grad_parameters)
+        ctx.mark_non_differentiable(mean_entropy)
+        return loss, mean_entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        return None, None, None, None, None, *(grad * grad_loss for grad in ctx.saved_tensors)
+
+
+@torch.no_grad()
+def token_log_probs(model, batch, vocab_size=None):
+    """log q(y_t|s_t) of the batch's own response tokens. -> (N,)"""
+    hidden, head, tokens = response_hidden(model, batch), head_of(model, vocab_size), batch.ids[batch.mask]
+    chunks = zip(hidden.split(256), tokens.split(256))
+    return torch.cat([log_probs(logits_of(model, h, *head)).gather(-1, y[:, None])[:, 0] for h, y in chunks])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 3. Sampling
 
 
 @torch.no_grad()
 def sample(
-    model, prompts, keys, vocab, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stream="rollout", entropies=False,
-    at_once=0, cache="auto",
+    model, prompts, end_ids, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=0, vocab_size=None,
+    entropies=False, batch_size=None, prompt_len=0, cache=None,
 ):  # fmt: skip
-    """One response to each prompt, up to and including an end token of either model, or max_new_tokens. -> Rollouts
+    """One response to each prompt (a list of token ids), up to and including an end token, or max_new_tokens.
+    -> Rollouts. What is sampled is softmax(logits / temperature) with top_k and top_p as given here, whatever the
+    checkpoint's generation_config says; temperature 0 is greedy. entropies: also add up H(q) at T = 1.
 
-    prompts: B tuples of token ids; keys fix each row's random numbers; another stream, other numbers (see uniforms).
-    What is sampled is softmax(logits / temperature) with top_p and top_k as given here: a checkpoint's own
-    generation_config has no say. `entropies`: also record the predictive entropy (T = 1) at every token.
-    at_once: so many rows at a time, 0: all; less memory, same rollouts. cache (of keys, values): growing, fixed, auto.
-    """
-    device, B = next(model.parameters()).device, len(prompts)
-    start = make_rollouts(prompts, [()] * B, [False] * B, keys, vocab, device)
-    u = uniforms(keys, max_new_tokens, stream).to(device)  # (B, R)
-    end_ids = torch.tensor(vocab.end_ids, device=device, dtype=torch.long)
-    tokens = torch.full((B, max_new_tokens), vocab.pad_id, device=device)
-    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
-    entropy_of = torch.zeros(B, max_new_tokens, device=device) if entropies else None
-    done = torch.zeros(B, dtype=torch.bool, device=device)
-    with unsharded(model), autocast(model):
-        head = Head(model, vocab)
-        slices = torch.arange(B, device=device).split(at_once or B)  # rows that share a key-value cache
-        for rows in tqdm(slices, desc=stream, leave=False, disable=len(slices) == 1 or not is_main()):
-            decoder, y = decoder_for(model, cache)(model, start.take(rows)), None  # step(None) reads the prompts
-            for t in range(max_new_tokens):
-                logits = head(decoder.step(y))  # (rows, V)
-                y = draw(sampling_logits(logits, temperature, top_p, top_k).softmax(-1), u[rows, t])
-                tokens[rows, t] = torch.where(done[rows], vocab.pad_id, y)
-                mask[rows, t] = ~done[rows]
-                if entropies:
-                    entropy_of[rows, t] = entropy(logits)
-                done[rows] |= torch.isin(y, end_ids)
-                if t % 8 == 7:  # asking makes the device wait, rows that ended cost compute: so ask now and then
-                    running = ~done[rows]
-                    if not running.any():
-                        break
-                    if not running.all() and decoder.drop_all_but(running):
-                        rows, y = rows[running], y[running]
-    R = int(mask.sum(1).max())
-    ids, mask = torch.cat([start.ids, tokens[:, :R]], 1), mask[:, :R]
-    rollouts = Rollouts(ids, start.prompt_mask, mask, done, keys, entropy=entropy_of[:, :R] if entropies else None)
-    rollouts.flops = sequence_flops(model, *rollouts.lengths()).sum().item()
+    batch_size: rows at a time (default: all). cache: "dynamic" grows, and rows that have finished leave it; "static"
+    has its size from the start; "compiled" is static, and the model compiled: a GPU then replays one recorded step in
+    place of a thousand launches. Other shapes compile anew, so batches are filled up, and prompts padded to prompt_len.
+    Default: what check_models has found to work."""
+    cache, n = cache or getattr(model, "cache_kind", "dynamic"), batch_size or len(prompts)
+    generator = torch.Generator(model.device).manual_seed(seed)
+
+    def pick(logits):  # (b, V) -> (b, 1)
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        return draw(filtered(logits, temperature, top_p, top_k).softmax(-1), generator)
+
+    responses, ended, nats = [], [], []
+    for i in tqdm(range(0, len(prompts), n), desc="sampling", leave=False, disable=len(prompts) <= n or not is_main()):
+        part = prompts[i : i + n]
+        rows = part if cache == "dynamic" else part + part[:1] * (n - len(part))
+        P = max(map(len, rows)) if cache == "dynamic" else max(prompt_len, *map(len, rows))
+        tokens, sums = _decode(model, rows, P, max_new_tokens, pick, end_ids, vocab_size, entropies, cache)
+        for row in tokens[: len(part)].tolist():
+            end = next((t for t, y in enumerate(row) if y in end_ids), None)
+            responses.append(row if end is None else row[: end + 1])
+            ended.append(end is not None)
+        nats.append(sums[: len(part)])
+    rollouts = make_rollouts(prompts, responses, ended, model.device)
+    rollouts.flops, rollouts.nats = sequence_flops(model, *rollouts.lengths()), torch.cat(nats)
     return rollouts
 
 
-def draw(probs, u):
-    """The token that u in [0, 1) picks by inverse CDF: the first y with Σ_{v <= y} p(v) > u. (..., V), (...) -> (...).
+def _decode(model, prompts, P, R, pick, end_ids, vocab_size, entropies, cache):
+    """-> (b, up to R) tokens, of which those after an end token mean nothing; and (b,) Σ H(q) up to the end token."""
+    device, b, dynamic = model.device, len(prompts), cache == "dynamic"
+    pads = [P - len(prompt) for prompt in prompts]  # here on the left, so that all responses begin at column P
+    ids = torch.tensor([[0] * n + list(prompt) for n, prompt in zip(pads, prompts)], device=device)  # (b, P)
+    mask = torch.tensor([[0] * n + [1] * (P + R - n) for n in pads], device=device)  # (b, P + R)
+    position, ends = (mask[:, :P].cumsum(1) - 1).clamp(min=0), torch.tensor(list(end_ids), device=device).long()
+    state = DynamicCache(config=model.config) if dynamic else static_cache(model, b, P + R)
+    rows, tokens = torch.arange(b, device=device), torch.zeros(b, R, dtype=torch.long, device=device)
+    running, nats = torch.ones(b, dtype=torch.bool, device=device), torch.zeros(b, device=device)
+    for t in range(R):
+        forward = model.get_compiled_call(CompileConfig(dynamic=False)) if cache == "compiled" and t else model
+        seen = mask[:, : P + t] if dynamic else mask  # a static cache hides by position what is not written yet
+        output = forward(
+            input_ids=ids, attention_mask=seen, position_ids=position, past_key_values=state, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        logits = output.logits[:, -1, :vocab_size].float()  # (b, V)
+        y = pick(logits)
+        tokens[rows, t] = y[:, 0]
+        if entropies:
+            nats[rows] += entropy(logits) * running[rows]
+        running[rows] &= ~torch.isin(y[:, 0], ends)
+        if dynamic or t % 8 == 7:  # asking makes a GPU wait
+            left = running[rows]
+            if not left.any():
+                break
+            # Linear attention's layers cannot drop rows: there those that have finished go on, unheard.
+            if dynamic and not left.all() and all(hasattr(layer, "batch_select_indices") for layer in state.layers):
+                state.batch_select_indices(left.nonzero()[:, 0])
+                rows, y, mask, position = rows[left], y[left], mask[left], position[left]
+        ids, position = y, position[:, -1:] + 1
+    return tokens[:, : t + 1], nats
 
-    One number per token, instead of torch.multinomial's hidden generator, is what makes a rollout a function of
-    (seed, step, row) alone. A token of probability 0 is never drawn."""
-    cdf = probs.cumsum(-1, dtype=torch.float64)  # in fp32 a quarter of 150,000 tokens would add nothing to the sum
-    total = cdf[..., -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # u · total must not round up to total itself
-    u = torch.minimum(u[..., None].to(cdf.dtype) * total, below)
-    return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)  # NaN gives V
+
+def filtered(logits, temperature, top_p, top_k):
+    """(b, V) logits at a temperature, then without what top_k and top_p leave out, by transformers' own filters."""
+    logits = logits / temperature
+    logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    return TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
 
 
-def uniforms(keys, n, stream):
-    """(B, n) fp32 numbers in [0, 1); row i depends on (stream, *keys[i]) alone, and number j not on n.
-    keys: B tuples of non-negative ints, such as (seed, step, row). So rollouts depend neither on the number of
-    processes nor on micro-batches, and resuming needs no generator's state."""
-    stream = zlib.crc32(stream.encode())
-    rows = [np.random.default_rng((stream, *key)).random(n, dtype=np.float32) for key in keys]
-    return torch.from_numpy(np.stack(rows))
+@torch.no_grad()
+def check_models(*models):
+    """Refuse a model that would be scored or sampled here otherwise than it computes: one with scaled logits, a head of
+    several layers, a state that is no key-value cache. On a GPU, find out whether it can be compiled."""
+    for model in dict.fromkeys(models):
+        try:
+            trouble = _trouble(model, "dynamic")
+        except Exception as error:  # whatever an architecture raises that is used as it was not meant to be
+            trouble = f"{type(error).__name__}: {error}"
+        if trouble:
+            refuse(f"take another model: {type(model).__name__} cannot be sampled or scored here ({trouble})")
+        if model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False):
+            with contextlib.suppress(Exception):
+                model.cache_kind = "dynamic" if _trouble(model, "static") else "compiled"
 
 
-class TeacherRollouts:
-    """A teacher's responses to a run's prompts, sampled the first time they are asked for and read afterwards.
-
-    Of the student only its end tokens matter: all runs beside each other with the same teacher, prompts, ends, seed and
-    sampling share them. `samples` responses per prompt take turns over the epochs. Their keys are (seed, row, sample),
-    whoever samples, whenever; a long response serves shorter lengths, and `longest` of several is sampled."""
-
-    def __init__(self, teacher, run, samples, longest=0, at_once=0, **sampling):
-        self.teacher, self.run, self.samples, self.longest = teacher, run, samples, longest
-        self.options = dict(stream="teacher", at_once=at_once, **sampling)
-        self.store = Store(teacher, run, sampling)
-
-    def __call__(self, batch, max_new_tokens):
-        """-> the Rollouts of a batch, cut at max_new_tokens. Their flops charge a response, uncut, the first time that
-        this run uses it, whether or not it was found on disk."""
-        wanted = [(row, epoch % self.samples) for row, epoch in zip(batch.rows, batch.epochs)]
-        cap = max(max_new_tokens, self.longest)
-        missing = [key for key in dict.fromkeys(wanted) if not self.store.has(key, cap)]
-        if sum_over_processes(len(missing)):  # all go together, also who misses nothing: a sharded model takes them all
-            asked = missing or wanted[:1]
-            prompts, keys = [self.run.prompts[row] for row, _ in asked], [(self.run.args.seed, *key) for key in asked]
-            new = sample(self.teacher, prompts, keys, self.run.vocab, cap, **self.options)
-            found = zip(missing, new.responses(), new.ended.tolist())
-            self.store.add([(*key, ids, end, cap) for key, ids, end in found])
-        responses, ended = zip(*(self.store.get(key, max_new_tokens) for key in wanted))
-        device = next(self.teacher.parameters()).device
-        rollouts = make_rollouts(batch.prompts, responses, ended, batch.keys, self.run.vocab, device)
-        sampled = torch.tensor([len(self.store.get(key, cap)[0]) for key in wanted])
-        costs = sequence_flops(self.teacher, sampled, rollouts.lengths()[1]).tolist()
-        rollouts.flops = sum(cost for cost, epoch in zip(costs, batch.epochs) if epoch < self.samples)
-        return rollouts
+def _trouble(model, cache):
+    """What is wrong, or None. Four prompts of different lengths are sampled, some of them to an end; then each row is
+    read by the model itself, alone and without padding or cache."""
+    tolerance = 1e-3 if compute_dtype(model) == torch.float32 else 0.2
+    prompts, ends = [range(3, 3 + n) for n in (9, 2, 5, 7)], range(0, model.config.get_text_config().vocab_size, 3)
+    rollouts = sample(model, [list(prompt) for prompt in prompts], ends, 8, entropies=True, cache=cache)
+    logits = []
+    for ids, response_len, prompt_len in zip(rollouts.ids, *rollouts.lengths()):
+        with autocast(model):
+            own = model(input_ids=ids[None, : prompt_len + response_len]).logits[0, prompt_len - 1 : -1]
+        logits.append(own.float())
+    scored = logits_of(model, response_hidden(model, rollouts), *head_of(model)).float()
+    sampled, own = rollouts.nats, torch.stack([entropy(x).sum() for x in logits])
+    for what, a, b in (("the loss", scored, torch.cat(logits)), ("sampling with a cache", sampled, own)):
+        if not (a - b).norm() <= tolerance * b.norm():
+            return f"{what} gives other logits than the model itself, or logits that are not finite"
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 3. Evaluation
+# 4. Evaluation
 
 
 def pass_at_k(n, c, k):
     """Unbiased Pass@k from n samples of which c are right: 1 − C(n−c, k) / C(n, k) (Chen et al., 2021).
 
-    Ints -> float in [0, 1]. Raises ValueError when k > n (there is no unbiased estimate), or on nonsense counts.
-    """
+    Ints -> float in [0, 1]. Raises ValueError when k > n (there is no unbiased estimate), or on nonsense counts."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model, problems, vocab, tokenizer, args, top_p=1.0, top_k=0):
-    """Sample args.eval_n responses (0: args.eval_k) to every problem and grade them. -> (metrics as of summarize,
-    records, one a response). Random numbers are keyed by (seed, problem, sample): evaluations differ by the model."""
-    pairs = [(i, j) for i in range(len(problems)) for j in range(args.eval_n or args.eval_k)]
+def respond(model, problems, tokens, n, seed, **sampling):
+    """n responses to every problem, graded, by all processes together. -> records, one a response: problem and sample
+    (numbers), prompt, answer, level, response (text), response_ids, correct (None without an answer), marked (does it
+    mark an answer), length, ended, nats (Σ H(q) over its tokens)"""
+    pairs = [(i, j) for i in range(len(problems)) for j in range(n)]
     pairs.sort(key=lambda pair: len(problems[pair[0]].prompt))  # prompts of a length share a batch: less padding
-    mine, asked = share_of(pairs)
-    prompts, keys = [problems[i].prompt for i, _ in asked], [(args.seed, i, j) for i, j in asked]
-    sampling = (args.eval_max_new_tokens, args.eval_temperature, top_p, top_k, "evaluate")
-    rollouts = sample(model, prompts, keys, vocab, *sampling, entropies=True, at_once=args.eval_batch_size)
-    nats = (rollouts.entropy * rollouts.mask).sum(1).tolist()
-    records = []
-    for (i, j), ids, ended, nat in zip(mine, rollouts.responses(), rollouts.ended.tolist(), nats):
-        text = text_of(ids, tokenizer, vocab)
-        right, marked = grade(text, problems[i].answer, args.grade), find_answer(text) is not None
-        result = dict(response=text, correct=right, marked=marked, length=len(ids), ended=ended, nats=nat)
-        records.append(dict(problem=i, sample=j, **result))
-    records = sorted(gather(records), key=lambda r: (r["problem"], r["sample"]))
-    return summarize(records, range(len(problems)), args.eval_k), records
-
-
-def share_of(items):
-    """-> this process's share of the items, and what it has to sample: the same, or any one where the share is empty,
-    since sampling from a sharded model takes all processes."""
     rank, world = rank_and_world()
-    mine = items[rank::world]
-    return mine, mine or items[:1]
+    mine, records = pairs[rank::world], []
+    if mine:
+        prompts, options = [problems[i].prompt for i, _ in mine], dict(vocab_size=tokens.vocab_size, entropies=True)
+        rollouts = sample(model, prompts, tokens.end_ids, seed=seed, **options, **sampling)
+        for (i, j), ids, ended, nats in zip(
+            mine, rollouts.responses(), rollouts.ended.tolist(), rollouts.nats.tolist()
+        ):
+            p, text = problems[i], tokens.decode(ids)
+            record = dict(problem=i, sample=j, prompt=p.question, answer=p.answer, level=p.level, response=text)
+            right, marked = None if p.answer is None else grade(text, p.answer), find_answer(text) is not None
+            record |= dict(response_ids=ids, correct=right, marked=marked, length=len(ids), ended=ended, nats=nats)
+            records.append(record)
+    return sorted(gather(records), key=lambda record: (record["problem"], record["sample"]))
 
 
-def mean_entropy(model, prompts, vocab, max_new_tokens, batch_size=256):
-    """Mean predictive entropy (T = 1, nats per token) of the model's own rollouts of at most max_new_tokens on prompts,
-    with the same random numbers every time. -> (entropy, model FLOPs of measuring it)"""
-    mine, asked = share_of(range(len(prompts)))
-    keys, options = [(0, 0, i) for i in asked], dict(stream="gate", entropies=True, at_once=batch_size)
-    rollouts = sample(model, [prompts[i] for i in asked], keys, vocab, max_new_tokens, **options)
-    nats, tokens = (rollouts.entropy * rollouts.mask).sum().item(), rollouts.mask.sum().item()
-    nats, tokens, flops = (sum_over_processes(float(x) if mine else 0.0) for x in (nats, tokens, rollouts.flops))
-    return nats / tokens, flops
+def summarize(records, k):
+    """Metrics of records: avg_at_k (mean accuracy), pass_at_k (unbiased), eval_len (mean length, tokens), eval_ended
+    (share finished), eval_marked (share with a marked answer), each also as name_ci, the half-width of its normal 95 %
+    interval over problems; eval_entropy (nats per token), problems (how many)."""
+    problems = [[r for r in records if r["problem"] == i] for i in dict.fromkeys(r["problem"] for r in records)]
+    keys, metrics = {"avg_at_k": "correct", "eval_len": "length", "eval_ended": "ended", "eval_marked": "marked"}, {}
+    columns = {name: [np.mean([r[key] or 0 for r in one]) for one in problems] for name, key in keys.items()}
+    counts = [(len(one), sum(bool(r["correct"]) for r in one)) for one in problems]
+    columns["pass_at_k"] = [pass_at_k(n, c, min(k, n)) for n, c in counts]
+    for name, values in columns.items():
+        metrics[name] = float(np.mean(values))
+        metrics[name + "_ci"] = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.5
+    nats, tokens = (sum(r[key] for r in records) for key in ("nats", "length"))
+    return metrics | {"eval_entropy": nats / tokens, "problems": len(problems)}
 
 
-def summarize(records, numbers, k):
-    """What evaluate's records say about the problems of these numbers. -> avg_at_k (mean accuracy), pass_at_k
-    (unbiased), avg_at_k_ci and pass_at_k_ci (half-widths of normal 95 % intervals over problems), eval_len (mean
-    response length, tokens), eval_clip_ratio (fraction cut), eval_marked (fraction with a marked answer), eval_entropy
-    (mean predictive entropy at T = 1 per token of these rollouts, nats), problems (how many).
-    """
-    by_problem = {i: [] for i in numbers}
-    of_all = [r for r in records if r["problem"] in by_problem]
-    for record in of_all:
-        by_problem[record["problem"]].append(record)
-    avg = [np.mean([r["correct"] for r in of_one]) for of_one in by_problem.values()]
-    passed = [pass_at_k(len(of_one), sum(r["correct"] for r in of_one), k) for of_one in by_problem.values()]
-
-    def half_width(values):
-        return float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.5  # unknown
-
-    total = {key: sum(r[key] for r in of_all) for key in ("length", "ended", "marked", "nats")}
-    return {
-        "avg_at_k": float(np.mean(avg)), "pass_at_k": float(np.mean(passed)), "avg_at_k_ci": half_width(avg),
-        "pass_at_k_ci": half_width(passed), "eval_len": total["length"] / len(of_all),
-        "eval_clip_ratio": (len(of_all) - total["ended"]) / len(of_all), "eval_marked": total["marked"] / len(of_all),
-        "eval_entropy": total["nats"] / total["length"], "problems": len(by_problem),
-    }  # fmt: skip
+def evaluate(model, problem_sets, tokens, args):
+    """Sample --eval_k responses to every problem of all sets (one if greedy), and grade them. -> metrics as summarize
+    has them, of several sets the means, and `name/set` for each; and the records, each with its set"""
+    n, results, records = args.eval_k if args.eval_temperature else 1, {}, []
+    sampling = dict(max_new_tokens=args.eval_max_new_tokens, temperature=args.eval_temperature)
+    for name, problems in problem_sets.items():
+        sampling |= dict(batch_size=args.eval_batch_size, prompt_len=max(len(p.prompt) for p in problems))
+        found = respond(model, problems, tokens, n, seed_of(args.seed, "evaluate", name), **sampling)
+        results[name] = summarize(found, args.eval_k)
+        records += [{"set": name} | record for record in found]
+    columns = {key: np.array([m[key] for m in results.values()]) for key in next(iter(results.values()))}
+    metrics = {key: float(x.mean()) for key, x in columns.items()} | {"problems": int(columns["problems"].sum())}
+    # the half-width of a mean over independent sets
+    metrics |= {key: float((x**2).sum() ** 0.5 / len(x)) for key, x in columns.items() if key.endswith("_ci")}
+    each = {f"{key}/{name}": value for name, m in results.items() for key, value in m.items() if len(results) > 1}
+    return metrics | each, records

@@ -5,10 +5,10 @@
     python compare.py runs/opd runs/sft_offpolicy        draw these output directories together, in runs/together
 
 A world is a folder as toy/build.py makes it: teacher, student, problems. Every run is an ordinary run of an ordinary
-script, in --out_dir/WORLD/NAME-seed-N: one that is finished is not repeated, one that Ctrl-C stopped continues, one
-that was killed begins anew. What is written to --out_dir: results.json (every number that the rest is made of),
-table.md (means over seeds, ± half the width of the 95 % t-interval), findings.md (what the paper says against what
-these runs say, as differences between runs of the same seed), and figures as PNG.
+script, in --out_dir/WORLD/NAME-seed-N: one that is finished is not repeated, one that was stopped goes on. What is
+written to --out_dir: results.json (every number that the rest is made of), table.md (means over seeds, ± half the width
+of the 95 % t-interval), findings.md (what the paper says against what these runs say, as differences between runs of
+the same seed), and figures as PNG.
 """
 
 import concurrent.futures
@@ -19,17 +19,15 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.runs import check_fields, parse, read_lines
-from plumbing.tasks import refuse
+from plumbing.arguments import parse, refuse
+from plumbing.run import read_lines
 from toy import findings
 
 
@@ -59,14 +57,13 @@ def run_one(script, arguments, out_dir):
         try:
             module.main(parse(module.Args, words))
         except SystemExit as end:
-            return f"{out_dir}: {end.code}" if end.code else None
+            return None if "is finished" in str(end.code) else f"{out_dir}: {end.code}"
 
 
 def run_all(args, world, seeds):
     """All runs of the plan over all seeds, --workers at a time; those that start from others come last.
     -> {name: the directories of its runs, by seed}"""
     out = os.path.join(args.out_dir, Path(world).name)
-    findings.make_variants(world, out)
     runs = findings.plan(args, world)
     dirs = {name: [os.path.join(out, f"{name}-seed-{seed}") for seed in range(seeds)] for name in runs}
 
@@ -75,8 +72,6 @@ def run_all(args, world, seeds):
         student = arguments["student"]
         if student in runs:
             student = os.path.join(dirs[student][seed], "model")
-        elif not os.path.isdir(student):  # one of make_variants
-            student = os.path.join(out, student, "model")
         return pool.submit(run_one, script, arguments | dict(student=student, seed=seed), dirs[name][seed])
 
     first = [name for name, (_, arguments) in runs.items() if arguments["student"] not in runs]
@@ -100,28 +95,18 @@ def run_all(args, world, seeds):
 # Reading
 
 METRICS = {
-    "avg_at_k": "Avg@k", "first_avg": "Avg@k, first answer", "pass_at_k": "Pass@k", "eval_entropy": "entropy (nats)",
-    "eval_len": "length (tokens)", "eval_clip_ratio": "cut at the cap", "flops": "model FLOPs",
+    "avg_at_k": "Avg@k", "pass_at_k": "Pass@k", "eval_ended": "finished", "eval_entropy": "entropy (nats)",
+    "eval_len": "length (tokens)", "flops": "model FLOPs",
 }  # fmt: skip
-KEPT = {*METRICS, "step", "clip_ratio", "response_len", "entropy", "gate_entropy", "gate_open", "train_len"}
+KEPT = {*METRICS, "step", "ended", "response_len", "entropy", "gate_entropy", "gate_open", "train_len"}
 
 
 def read(path):
-    """A run's log -> its rows at evaluations, at gates and at every tenth step. Where responses mark answers by ####,
-    the last row has the accuracy by the first answer of each response, too, instead of the last one."""
-    try:
-        rows = read_lines(os.path.join(path, "log.jsonl"))
-    except OSError as error:
-        refuse(f"cannot read the log of {path!r}: {error}")
+    """A run's log -> its rows at evaluations, at gates and at every tenth step."""
+    rows = read_lines(os.path.join(path, "log.jsonl"))
     rows = [row for row in rows if "avg_at_k" in row or "gate_entropy" in row or row["step"] % 10 == 0]
     if not any("avg_at_k" in row for row in rows):
-        refuse(f"{path!r} has no evaluation in its log yet")
-    file = os.path.join(path, f"responses-{rows[-1]['step']}.jsonl")
-    responses = read_lines(file) if os.path.exists(file) else []
-    first = [(re.search(r"####([^#\n]*)", r["response"]), r["answer"]) for r in responses]
-    if any(found for found, _ in first):
-        right = [bool(found) and found[1].strip() == answer for found, answer in first]
-        rows[-1]["first_avg"] = float(np.mean(right))
+        refuse(f"{path!r} has no log, or no evaluation in it yet")
     number = lambda x: float(f"{x:.5g}") if isinstance(x, float) else x  # noqa: E731
     return [{"flops": 0.0} | {key: number(value) for key, value in row.items() if key in KEPT} for row in rows]
 
@@ -168,7 +153,7 @@ def write_table(groups, path):
         here = [row for other, row in gates if (other, row["train_len"]) == (name, length)]
         h_m, n_open = plus_minus([row["gate_entropy"] for row in here], "{:.3f}"), sum(row["gate_open"] for row in here)
         lines.append(f"| {name} | {length} tokens | {h_m} | {n_open} of {len(here)} |")
-    Path(path).write_text("\n".join(lines) + "\n")
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return "\n".join(lines)
 
 
@@ -179,39 +164,28 @@ def write_table(groups, path):
 def write_findings(worlds, args):
     """findings.md. "found": the number has the expected sign in every world, and its interval in the first one leaves
     out 0; "found in 2 of 3": the same, but not in every world; "the opposite": likewise with the other sign; else "not
-    found". And once more what is claimed of final accuracy alone, by the first answer of each response."""
-    lines, names = [], " | ".join(Path(world).name for world in worlds)
-    for title, accuracy in (("", "avg_at_k"), (", final accuracy by the *first* answer", "first_avg")):
-        lines += [f"| | expected{title} | {names} | |", "|---|---|" + "---|" * (len(worlds) + 1)]
-        for axis, says, sign, number in findings.claims(args):
-            asked = set()
-
-            def value(groups, name, metric="avg_at_k", flops=None):
-                asked.add((metric, flops is None))
-                return final(groups[name], accuracy if metric == "avg_at_k" else metric, flops)
-
-            numbers = [number(partial(value, groups)) for groups in worlds.values()]
-            if accuracy != "avg_at_k" and asked != {("avg_at_k", True)}:
-                continue
-            (mean, ci), signs = mean_ci(numbers[0]), [np.sign(np.mean(n)) for n in numbers]
-            verdict, agree = "found" if mean * sign > 0 else "the opposite", signs.count(signs[0])
-            verdict += "" if agree == len(worlds) else f" in {agree} of {len(worlds)}"
-            verdict = "one seed" if math.isnan(ci) else verdict if abs(mean) > ci else "not found"
-            form = "{:+.1f}" if abs(mean) > 1 else "{:+.3f}"
-            says += " (+)" if sign > 0 else " (−)"
-            lines.append(f"| {axis} | {says} | " + " | ".join(plus_minus(n, form) for n in numbers) + f" | {verdict} |")
-        lines.append("")
-    Path(args.out_dir, "findings.md").write_text("\n".join(lines))
-    return "\n".join(lines)
+    found"."""
+    lines = [f"| | expected | {' | '.join(Path(w).name for w in worlds)} | |", "|---|---|" + "---|" * (len(worlds) + 1)]
+    for axis, says, sign, number in findings.claims(args):
+        numbers = [
+            number(lambda name, *rest, g=groups: final(g[name], *(rest or ("avg_at_k",)))) for groups in worlds.values()
+        ]
+        (mean, ci), signs = mean_ci(numbers[0]), [np.sign(np.mean(n)) for n in numbers]
+        verdict, agree = "found" if mean * sign > 0 else "the opposite", signs.count(signs[0])
+        verdict += "" if agree == len(worlds) else f" in {agree} of {len(worlds)}"
+        verdict = "one seed" if math.isnan(ci) else verdict if abs(mean) > ci else "not found"
+        form = "{:+.1f}" if abs(mean) > 1 else "{:+.3f}"
+        says += " (+)" if sign > 0 else " (−)"
+        lines.append(f"| {axis} | {says} | " + " | ".join(plus_minus(n, form) for n in numbers) + f" | {verdict} |")
+    text = "\n".join(lines) + "\n"
+    Path(args.out_dir, "findings.md").write_text(text, encoding="utf-8")
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Drawing
 
-LABELS = METRICS | {
-    "step": "step", "flops": "model FLOPs / 10¹²", "clip_ratio": "rollouts cut", "response_len": "length (tokens)",
-    "entropy": "entropy (nats)", "window": "training length (tokens)", "lam": "λ",
-}  # fmt: skip
+LABELS = METRICS | {"step": "step", "response_len": "length (tokens)", "entropy": "entropy (nats)"}
 
 
 def draw(groups, path, title, panels, lines):
@@ -226,12 +200,9 @@ def draw(groups, path, title, panels, lines):
     fig.suptitle(title)
     for axis, (x, y) in zip(axes[0], panels):
         for color, marker, label, runs in lines:
-            if isinstance(runs, dict):
-                points = [((at, 0.0), mean_ci(final(groups[name], y))) for at, name in runs.items()]
-            elif x in ("step", "flops"):
+            if x == "step":
                 rows = zip(*([row for row in rows if y in row] for rows in groups[runs]))
-                scale = 1e12 if x == "flops" else 1
-                points = [((np.mean([r[x] for r in at]) / scale, 0.0), mean_ci([r[y] for r in at])) for at in rows]
+                points = [((at[0][x], 0.0), mean_ci([r[y] for r in at])) for at in rows]
             else:
                 points = [(mean_ci(final(groups[runs], x)), mean_ci(final(groups[runs], y)))]
             (xs, dx), (ys, dy) = np.array(points).transpose(1, 2, 0)
@@ -245,18 +216,17 @@ def draw(groups, path, title, panels, lines):
 
 
 def main(args: Args):
-    check_fields(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse("compare.py starts processes of its own: run it without torchrun")
     if args.dirs:
         args.out_dir = "runs/together" if args.out_dir == Args.out_dir else args.out_dir  # not over the findings
         groups, colors = {path: [read(path)] for path in args.dirs}, findings.COLORS
-        lines = [(colors[i % 7], "o^sDPvX*"[i % 8], name, name) for i, name in enumerate(groups)]
+        lines = [(colors[i % 6], "o^sDPvX*"[i % 8], name, name) for i, name in enumerate(groups)]
         panels = [("step", y) for y in ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")]
         files = [Path(path, "args.json") for path in args.dirs]
-        of_runs = [json.loads(file.read_text()) for file in files if file.exists()]
+        of_runs = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
         names = {x for run in of_runs for x in run if x.startswith("eval_")} - {"eval_every", "eval_batch_size"}
-        unlike = sorted(x for x in names | {"grade", "instruction"} if len({run.get(x) for run in of_runs}) > 1)
+        unlike = sorted(x for x in names | {"instruction"} if len({run.get(x) for run in of_runs}) > 1)
         if unlike:
             print(f"warning: these runs were not evaluated alike: they differ in --{', --'.join(unlike)}")
         os.makedirs(args.out_dir, exist_ok=True)
@@ -270,7 +240,9 @@ def main(args: Args):
             refuse(f"--worlds is {args.worlds!r}: their folders need different names, as results are kept by name")
         runs = {first: run_all(args, first, args.seeds)} | {w: run_all(args, w, args.other_seeds) for w in others}
         worlds = {w: {name: [read(d) for d in dirs] for name, dirs in of.items()} for w, of in runs.items()}
-        Path(args.out_dir, "results.json").write_text(json.dumps(worlds, separators=(",", ":")) + "\n")
+        Path(args.out_dir, "results.json").write_text(
+            json.dumps(worlds, separators=(",", ":")) + "\n", encoding="utf-8"
+        )
         groups = next(iter(worlds.values()))
         for name, figure in findings.figures(args).items():
             draw(groups, os.path.join(args.out_dir, name + ".png"), *figure)

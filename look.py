@@ -17,12 +17,13 @@ from typing import Literal
 
 import torch
 
-from common import sample
-from plumbing.fast import token_log_probs
-from plumbing.models import load_model, load_vocab, resolve_precision
-from plumbing.processes import is_main, start_processes
-from plumbing.runs import check_fields, parse
-from plumbing.tasks import grade, load_evals, text_of
+from common import check_models, sample, seed_of, token_log_probs
+from plumbing.arguments import check_args, parse
+from plumbing.data import load_problem_sets
+from plumbing.grading import grade
+from plumbing.models import load_model, load_tokens
+from plumbing.processes import is_main
+from plumbing.run import start
 
 BLUE, ORANGE, FULL = (0, 114, 178), (213, 94, 0), 4.0  # told apart by the colour-blind; FULL: nats of the full colour
 
@@ -32,22 +33,21 @@ class Args:
     student: str = "toy/student"  # checkpoint folder or hub name
     teacher: str = "toy/teacher"  # checkpoint folder or hub name
     eval_data: str = "toy/eval.jsonl"  # problems with answers: a file, or name[:config[:split]]; several by commas
-    eval_problems: int = 3  # of each set, evenly spread; 0: all; >= 0
-    eval_max_new_tokens: int = 96  # tokens at which a response is cut; >= 1
-    eval_temperature: float = 1.0  # of the sampler; 0 is greedy; >= 0
+    eval_problems: int = 3  # of each set, evenly spread; 0: all
+    eval_max_new_tokens: int = 96  # tokens at which a response is cut
+    eval_temperature: float = 1.0  # of the sampler; 0 is greedy
     prefixes: Literal["student", "teacher"] = "student"  # whose responses
-    grade: Literal["marked", "last_number"] = "marked"  # last_number: where no answer is marked, the last number counts
-    seed: int = 0  # of the sampler; >= 0
+    seed: int = 0  # of the sampler
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 if it is fast
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: the faster one; fp32 for tiny models
     picture: str = ""  # a file to draw the same to, such as look.png
 
 
 @torch.no_grad()
-def log_ratios(student, teacher, rollouts, vocab):
+def log_ratios(student, teacher, rollouts, vocab_size=None):
     """log p_T(y|s) − log q_θ(y|s) of every response token, nats. -> B lists of floats"""
-    ratio = token_log_probs(teacher, rollouts, vocab) - token_log_probs(student, rollouts, vocab)
+    ratio = token_log_probs(teacher, rollouts, vocab_size) - token_log_probs(student, rollouts, vocab_size)
     return [row.tolist() for row in ratio.split(rollouts.mask.sum(1).tolist())]
 
 
@@ -57,7 +57,7 @@ def in_numbers(ratios):
     n, few = len(sizes), math.ceil(len(sizes) / 100)
     share, beyond = sum(sizes[:few]) / (sum(sizes) or 1.0), sum(x > FULL for x in sizes) / n
     return (
-        f"{n} tokens, |log-ratio| {sum(sizes) / n:.2f} nats on average; the largest {few} carry {share:.0%} of the sum; "
+        f"{n} tokens, |log-ratio| {sum(sizes) / n:.2f} nats on average; the largest {few} carry {share:.0%} of all; "
         f"beyond {FULL:.0f} nats: {beyond:.1%}"
     )
 
@@ -114,23 +114,22 @@ def draw(responses, path, title):
 
 
 def main(args: Args):
-    start_processes()
-    check_fields(args)
-    args.precision = resolve_precision(args)
-    evals = load_evals(args.eval_data, args.eval_problems)
-    problems = [p for of_one in evals.values() for p in of_one]
-    vocab, tokenizer = load_vocab(args, [problems])
-    student, teacher = load_model(args.student, args), load_model(args.teacher, args)
-    speaker = {"student": student, "teacher": teacher}[args.prefixes]
-    prompts, keys = [p.prompt for p in problems], [(args.seed, i, 0) for i in range(len(problems))]
-    rollouts = sample(speaker, prompts, keys, vocab, args.eval_max_new_tokens, args.eval_temperature, stream="evaluate")
-    all_ratios, responses = log_ratios(student, teacher, rollouts, vocab), []
+    start()
+    check_args(args)
+    problems = [p for one in load_problem_sets(args.eval_data, args.eval_problems).values() for p in one]
+    tokens = load_tokens(args, [problems])
+    student, teacher = load_model(args.student, args.precision), load_model(args.teacher, args.precision)
+    check_models(student, teacher)
+    speaker, prompts = {"student": student, "teacher": teacher}[args.prefixes], [p.prompt for p in problems]
+    options = dict(temperature=args.eval_temperature, seed=seed_of(args.seed, "look"), vocab_size=tokens.vocab_size)
+    rollouts = sample(speaker, prompts, tokens.end_ids, args.eval_max_new_tokens, **options)
+    all_ratios, responses = log_ratios(student, teacher, rollouts, tokens.vocab_size), []
     if not is_main():
         return
     for p, ids, ratios in zip(problems, rollouts.responses(), all_ratios):
-        right = grade(text_of(ids, tokenizer, vocab), p.answer, args.grade)
+        right = grade(tokens.decode(ids), p.answer)
         verdict = f"{'right' if right else 'wrong'}, reference {p.answer}; {len(ids)} tokens, Σ {sum(ratios):+.1f} nats"
-        pieces = list(zip([tokenizer.decode([i]) for i in ids], ratios))
+        pieces = list(zip([tokens.tokenizer.decode([i]) for i in ids], ratios))
         responses.append((f"{' '.join(p.question.split())[:60]}   ({verdict})", pieces))
         print(f"\n{responses[-1][0]}\n{in_terminal(pieces)}")
     print("\n" + in_numbers([x for _, pieces in responses for _, x in pieces]))

@@ -1,32 +1,16 @@
 """On-policy distillation (OPD): reverse KL on the student's own prefixes.
 
-    L(θ) = E_{s ~ d^S} [ KL( q_θ(·|s) ‖ p_T(·|s) ) ]    s ~ d^S: a prompt, and what the student has said so far
+    L(θ) = E_{s ~ d^S} [ KL(q_θ(·|s) ‖ p(·|s)) ]        s ~ d^S: a prompt, and what the student has said so far
 
-                         forward KL(p_T‖q_θ)      reverse KL(q_θ‖p_T)
+                         forward KL(p‖q_θ)        reverse KL(q_θ‖p)
     teacher prefixes     sft_offpolicy.py         offline_rl_distill.py
     student prefixes     dagger_onpolicy.py       opd.py  <- this file
 
-What it does. The student responds to the prompts itself; at every prefix it visits, its next-token distribution q_θ is
-pulled towards p_T, the frozen teacher's. Proposition 1 (ii) of arXiv 2605.16826 says what the gradient is,
+∇L = E_{s, y ~ q_θ} [ (log q_θ(y|s) − log p(y|s)) ∇ log q_θ(y|s) ] is a policy gradient with the reward log p − log q_θ
+at every token: Proposition 1 (ii) of arXiv 2605.16826. Left out on purpose: the gradient through the choice of s.
 
-    ∇ KL(q_θ‖p_T) = E_{y ~ q_θ} [ (log q_θ(y|s) − log p_T(y|s)) ∇ log q_θ(y|s) ],
-
-a policy gradient with the reward log p_T − log q_θ at every token. It is mode-seeking: the student is punished for
-what the teacher would not say, and only mildly for what it leaves out itself (half of the teacher's mass: log 2).
-A student that ends by another token than its teacher, as a base model does, is punished for its own end and slow to
-learn the teacher's, which it never says. Where the training length reaches an ending (on the toy, --max_new_tokens 96)
-its responses can grow to the cap; `--ends as_one` compares all end tokens as one action.
-
-What it leaves out, on purpose.
-- The prefixes count as data: no gradient flows through the choice of s. The full gradient of the KL of whole responses
-  has one more term, minus the rewards still to come, times ∇ log q_θ (tests/test_identities.py adds it back).
-- No reward for being right, no value function, no importance weights: a rollout is used once, by its own student.
-
-Run it.
-    python opd.py                                              CPU, the embedded toy: half a minute, Avg@8 .51 to .71
-    python opd.py --recipe recipes/qwen3-4b.txt --out_dir DIR  Qwen3, one GPU; not run by us
-    torchrun --nproc_per_node 4 opd.py ...                     the same run on several GPUs
-The same command again continues a run that was stopped. Results are in --out_dir: log.jsonl, responses, curves, model/.
+    python opd.py                                                CPU, the embedded toy: half a minute
+    python opd.py --recipe recipes/qwen3-4b.txt --out_dir DIR    Qwen3, one GPU, not run by us; torchrun for several
 """
 
 from dataclasses import dataclass
@@ -35,89 +19,93 @@ from typing import Literal
 
 import torch
 
-from common import TeacherRollouts, evaluate, forward_kl, reverse_kl, sample, weighted_kl  # alike in all four
-from plumbing.processes import average, full
-from plumbing.runs import open_run, parse
+from common import check_models, distillation_loss, evaluate, reverse_kl, sample, sampled_reverse_kl, seed_of
+from plumbing.models import load_student, load_teacher, refresh
+from plumbing.run import Run, mean_over_processes, parse
 
 
 @dataclass
-class Args:  # behind each argument: its --help text, with the bounds that plumbing/runs.py checks
+class Args:  # what stands behind each argument is its --help text
     student: str = "toy/student"  # checkpoint folder or hub name; the model that is trained
     teacher: str = "toy/teacher"  # checkpoint folder or hub name; frozen
-    data: str = "toy/train.jsonl"  # prompts to train on: a file, or name[:config[:split]] on the hub
+    data: str = "toy/train.jsonl"  # problems to train on: a file, or name[:config[:split]] on the hub
     eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on, several by commas; or none
     out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
-    steps: int = 150  # updates; >= 1
-    batch_size: int = 32  # prompts, and rollouts, per update, over all processes; >= 1
-    micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient; >= 1
-    rollout_batch_size: int = 0  # rollouts sampled at once; 0: all; less memory, same rollouts; >= 0
-    max_new_tokens: int = 8  # training length: tokens at which a rollout is cut; >= 1
-    temperature: float = 1.0  # of the rollouts, so of the prefixes; the loss compares at T = 1; > 0
-    top_p: float = 1.0  # of the rollouts: nucleus of this probability; 1 is off; > 0, <= 1
-    top_k: int = 0  # of the rollouts: only so many most likely tokens; 0 is off; >= 0
+    steps: int = 150  # updates
+    batch_size: int = 32  # prompts, and rollouts, per update, over all processes
+    micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient
+    max_new_tokens: int = 8  # training length: tokens at which a rollout is cut
+    temperature: float = 1.0  # of the student's rollouts; the loss compares at T = 1
+    top_p: float = 1.0  # of the student's rollouts: nucleus of this probability; 1 is off
+    top_k: int = 0  # of the student's rollouts: only so many most likely tokens; 0 is off
     estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
     ends: Literal["apart", "as_one"] = "apart"  # as_one: all end tokens are one action in the comparison
-    lr: float = 5e-4  # AdamW's learning rate, constant after the warm-up; > 0
-    warmup: float = 0.05  # fraction of the steps over which lr rises from 0; >= 0, <= 1
-    weight_decay: float = 0.0  # AdamW's; >= 0
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; > 0
-    eval_every: int = 50  # steps between evaluations; 0: only before and after; >= 0
-    eval_problems: int = 0  # of each set, evenly spread; 0: all; >= 0
-    eval_k: int = 8  # k of Avg@k and Pass@k; >= 1
-    eval_n: int = 0  # samples per problem for them; 0: eval_k; >= 0
-    eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy; >= 0
-    eval_max_new_tokens: int = 96  # tokens at which they are cut, whatever the training length; >= 1
-    eval_batch_size: int = 512  # of them sampled at once; >= 1
-    grade: Literal["marked", "last_number"] = "marked"  # last_number: where no answer is marked, the last number counts
-    save_every: int = 50  # steps between states to continue from; >= 1
-    seed: int = 0  # of everything random; >= 0
+    lr: float = 5e-4  # AdamW's learning rate, constant after the warm-up
+    warmup_steps: int = 8  # updates over which lr rises from 0
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    eval_every: int = 50  # steps between evaluations; 0: only before and after
+    eval_problems: int = 0  # of each set, evenly spread; 0: all
+    eval_k: int = 8  # samples per problem: k of Avg@k and Pass@k
+    eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy, and one sample
+    eval_max_new_tokens: int = 96  # tokens at which they are cut, whatever the training length
+    eval_batch_size: int = 512  # of them sampled at once
+    save_every: int = 50  # steps between checkpoints to continue from
+    keep_checkpoints: bool = False  # all of them, not just the newest
+    seed: int = 0  # of everything random
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: teacher, student's products; auto: where it is fast
+    columns: str = ""  # question=NAME,answer=NAME,response=NAME, where guessing the columns fails
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: the faster one; fp32 for tiny models
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
-    teacher_device: str = ""  # where the frozen teacher runs, such as cuda:1 or cpu; empty: beside the student
 
 
 def main(args: Args):
-    # (1) Data, models, optimizer. What is wrong with arguments or data is said before models load; a run that was
-    # stopped continues where it was. `evaluate` is for the run to call, every --eval_every steps.
-    run = open_run(args, evaluate)
-    student, teacher = run.load(args.student, trainable=True), run.load(args.teacher)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    run.resume(student, optimizer)  # or begin, with an evaluation
-    sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, at_once=args.rollout_batch_size)
+    run = Run(args)  # what is wrong with arguments or data is said before models load
+    student, sampler = load_student(args)  # what samples is the student itself, or a copy of it
+    teacher = load_teacher(args)
+    check_models(student, sampler, teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    run.resume(student, sampler, optimizer)
+    divergence = {"exact": reverse_kl, "sampled": sampled_reverse_kl}[args.estimator]  # HOW
+    tokens = dict(end_ids=run.tokens.end_ids, vocab_size=run.tokens.vocab_size)
+    sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, prompt_len=run.prompt_len)
 
-    for step in run.steps():
-        batch = run.batch(step)  # its prompts, and keys: (seed, step, row) of each, which fix all that is drawn
+    for step in run.steps():  # how many updates have been made
+        # (1) Evaluate and log where the student stands
+        evaluation = evaluate(sampler, run.problem_sets, run.tokens, args) if run.eval_is_due() else None
+        run.log(evaluation)
+        if step == args.steps:
+            break
 
         # (2) Prefixes. WHERE is supervision applied? On what the student itself says.
-        rollouts = sample(student, batch.prompts, batch.keys, run.vocab, args.max_new_tokens, **sampling)
+        batch, seed = run.batch(step), seed_of(args.seed, "rollouts", step)
+        rollouts = sample(sampler, batch.prompts, max_new_tokens=args.max_new_tokens, seed=seed, **sampling, **tokens)
 
-        # (3) Loss: a mean over the response tokens of the *global* batch. A mean of micro-batch means would let a
-        # token in a short response count more than one in a long response.
-        n_tokens = average(rollouts.mask.sum())  # per process: gradients are averaged, and so become global means
+        # (3) Loss. HOW are the two distributions compared? By `divergence`, in the mean over the response tokens of the
+        # *global* batch: in a mean of micro-batch means a token in a short response would count more.
+        torch.manual_seed(seed_of(args.seed, "loss", step))  # for the tokens that a sampled estimator draws
+        n_tokens = mean_over_processes(rollouts.mask.sum())  # gradients are averaged, and so become global means
         loss = entropy = 0.0
         for micro in rollouts.split(args.micro_batch_size):
-            token_weights = micro.mask / n_tokens  # (b, R)
-            # HOW are the two distributions compared? By reverse KL.
-            micro_loss, micro_entropy = weighted_kl(
-                reverse_kl, student, teacher, micro, token_weights, run.vocab, args.estimator, args.ends
+            micro_loss, micro_entropy = distillation_loss(
+                divergence, student, teacher, micro, micro.mask / n_tokens, ends=args.ends, **tokens
             )
             micro_loss.backward()
             loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
 
         # (4) Update
-        lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))  # before clipping
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)  # before clipping
         optimizer.step()
         optimizer.zero_grad()
+        refresh(sampler, student)
 
-        # (5) Log, evaluate, save
-        run.end_step(step, rollouts, loss=average(loss), entropy=average(entropy), grad_norm=grad_norm, lr=lr)
+        # (5) Keep the numbers for the log, and save. A backward pass costs two forward passes.
+        run.record(rollouts, {student: 3, teacher: 1}, loss=loss, entropy=entropy, grad_norm=grad_norm, lr=lr)
+        if run.save_is_due():
+            run.save(student, optimizer)
 
-    run.finish()
+    run.finish(student)
 
 
 if __name__ == "__main__":

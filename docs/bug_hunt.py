@@ -19,18 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Old and new line, in rot13, so that nobody finds a fault before looking for it.
 FAULTS = [
-    ("ye = netf.ye * zva(1.0, fgrc / znk(1.0, netf.jnezhc * netf.fgrcf))",
-     "ye = netf.ye * fgrc / znk(1.0, netf.jnezhc * netf.fgrcf)"),
-    ("ongpu = eha.ongpu(fgrc)", "ongpu = eha.ongpu(1)"),
+    ("netf.ye * zva(1.0, (fgrc + 1) / znk(1, netf.jnezhc_fgrcf))",
+     "netf.ye * (fgrc + 1) / znk(1, netf.jnezhc_fgrcf)"),
+    ('ongpu(fgrc), frrq_bs(netf.frrq, "ebyybhgf", fgrc)', 'ongpu(0), frrq_bs(netf.frrq, "ebyybhgf", 0)'),
     ("bcgvzvmre.mreb_tenq()", "cnff"),
-    ("eha.ybnq(netf.grnpure)", "eha.ybnq(netf.fghqrag)"),
-    ("gbxra_jrvtugf = zvpeb.znfx / a_gbxraf", "gbxra_jrvtugf = zvpeb.znfx * 1.0"),
+    ("ybnq_grnpure(netf)", "ybnq_fghqrag(netf)[0]"),
+    ("zvpeb.znfx / a_gbxraf", "zvpeb.znfx * 1.0"),
 ]  # fmt: skip
 
 
 def faulty(n):
     """-> opd.py as it is, and with fault number n."""
-    healthy = (ROOT / "opd.py").read_text()
+    healthy = (ROOT / "opd.py").read_text(encoding="utf-8")
     old, new = (codecs.decode(line, "rot13") for line in FAULTS[n - 1])
     if healthy.count(old) != 1:
         raise SystemExit(f"error: opd.py has been changed, and fault {n} has no place in it any more")
@@ -48,7 +48,7 @@ def main(argv):
         return 0
     script = ROOT / "runs" / "bugs" / f"bug_{argv[0]}.py"
     script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(sick)
+    script.write_text(sick, encoding="utf-8")
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.call([sys.executable, str(script), *argv[1:]], env=os.environ | {"PYTHONPATH": paths})
 

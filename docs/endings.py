@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from plumbing.tasks import encode_prompts, load_problems  # noqa: E402
+from plumbing.data import encode_prompts, load_problems  # noqa: E402
 
 SAYS = ("<|im_end|>", "<|endoftext|>", "####")
 
@@ -25,7 +25,7 @@ SAYS = ("<|im_end|>", "<|endoftext|>", "####")
 def prefixes(k, n=64):
     """-> n lists of token ids: prompt, two lines that reach the right result, the answer k times."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "teacher")
-    problems = load_problems(str(ROOT / "toy" / "eval.jsonl"))[:n]
+    problems = load_problems(str(ROOT / "toy" / "eval.jsonl"))[0][:n]
     encode_prompts(problems, tokenizer)
     for problem in problems:
         numbers, line = [int(x) for x in problem.question.split("+")], ""

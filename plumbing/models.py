@@ -1,10 +1,13 @@
 """Checkpoints: what can be known without weights is checked first; models are loaded in the precision asked for."""
 
+import copy
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import re
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,83 +15,74 @@ import torch.distributed as dist
 import transformers
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.fast import check_logits
-from plumbing.processes import device_here, is_main, layers, shard
-from plumbing.tasks import encode_prompts, refuse
+from plumbing.arguments import refuse
+from plumbing.data import encode_prompts, encode_responses
+from plumbing.processes import device_here, gather, is_main, layers, shard, whole
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tokens
 
 
 @dataclass(eq=False)
-class Vocab:
-    """What the two models must agree on before their distributions can be compared."""
+class Tokens:
+    """What the models must agree on before their distributions can be compared."""
 
-    size: int  # logits in use
-    end_ids: tuple[int, ...]  # the end tokens of both models: a rollout stops at any of them
-    pad_id: int  # fills what the masks exclude; may well be an end token
+    tokenizer: object  # the student's, with the teacher's chat template
+    end_ids: tuple[int, ...]  # the end tokens of all models: a rollout stops at any of them
+    vocab_size: int  # largest id of a token + 1: models may have rows beyond it, for padding
+
+    def decode(self, ids):
+        """A response as text, without end tokens, which not every tokenizer takes for special ones."""
+        return self.tokenizer.decode([i for i in ids if i not in self.end_ids], skip_special_tokens=True)
 
 
-def load_vocab(args, problem_sets):
-    """Load the tokenizers and configs of the models that args names (student and teacher, student, or model), encode
-    the prompts of all problem sets, and refuse what cannot work. -> Vocab, the student's tokenizer with the teacher's
-    chat template: the template serves both."""
+def load_tokens(args, problem_sets):
+    """Load the tokenizers and configs of the models that args names (student and teacher, or model), encode prompts and
+    responses of all problem sets, and refuse what cannot work. -> Tokens"""
     paths = {role: getattr(args, role) for role in ("student", "teacher", "model") if hasattr(args, role)}
-    configs = {role: _load_config(path, role).get_text_config() for role, path in paths.items()}
+    configs = {role: load_config(path, role).get_text_config() for role, path in paths.items()}
     tokenizers = {role: _load(transformers.AutoTokenizer, path, role) for role, path in paths.items()}
     student = next(iter(tokenizers.values()))
-    asker = tokenizers.get("teacher", student)
+    asker = tokenizers.get("teacher", student)  # its chat template serves both
     for problems in problem_sets:
         encode_prompts(problems, asker, args.thinking, args.instruction)
-        _check_known(problems, asker)
+    problems = [p for problems in problem_sets for p in problems]
+    unknown = [p.prompt.count(asker.unk_token_id) / len(p.prompt) for p in problems] if asker.unk_token else [0.0]
+    if (share := sum(unknown) / len(unknown)) > 0.05:  # a model would learn nothing, without complaint
+        example = problems[unknown.index(max(unknown))].question[:60]
+        refuse(
+            f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {asker.name_or_path!r}, as in "
+            f"{example!r}: models and data do not belong together"
+        )
     added = {t for tok in tokenizers.values() for t in tok.get_added_vocab()}  # their roles may differ
     if "teacher" in paths:
-        ids, ids_of_teacher = ({t: i for t, i in tok.get_vocab().items() if t not in added} for tok in (student, asker))
-        if ids != ids_of_teacher:
-            refuse("the tokenizers of student and teacher give tokens different ids: choose both from one family")
-        student.chat_template = asker.chat_template
-        probes = [dataclasses.replace(p) for p in problem_sets[0][:256]]
-        encode_prompts(probes, student, args.thinking, args.instruction)
-        if any(a.prompt != b.prompt for a, b in zip(probes, problem_sets[0])):
-            refuse("--student and --teacher tokenize the same prompt differently: choose both from one family")
+        ids, teacher_ids = ({t: i for t, i in tok.get_vocab().items() if t not in added} for tok in (student, asker))
+        student.chat_template, some = asker.chat_template, [dataclasses.replace(p) for p in problem_sets[0][:256]]
+        if ids == teacher_ids:
+            encode_prompts(some, student, args.thinking, args.instruction)
+        if ids != teacher_ids or any(a.prompt != b.prompt for a, b in zip(some, problem_sets[0])):
+            refuse("--student and --teacher tokenize the same text differently: choose both from one family")
     sizes = {role: config.vocab_size for role, config in configs.items()}
-    of_texts = (i for tok in tokenizers.values() for t, i in tok.get_vocab().items() if t not in added)
-    needed = max(max(of_texts), *(max(p.prompt) for problems in problem_sets for p in problems)) + 1
-    size = min(sizes.values())
-    if needed > size:  # (Gemma 3's tokenizer has one more token, for images, than its small models)
+    known = (i for tok in tokenizers.values() for t, i in tok.get_vocab().items() if t not in added)
+    needed = max(max(known), *(max(p.prompt) for p in problems)) + 1
+    if needed > min(sizes.values()):  # (Gemma 3's tokenizer has one more token, for images, than its small models)
         refuse(
             f"the tokenizer has ids up to {needed - 1}, but the vocabulary sizes in config.json are {sizes}: the "
             "tokenizer is another model's, or model.resize_token_embeddings was forgotten"
         )
-    if len(set(sizes.values())) > 1:
-        size = min(size, max(max(tok.get_vocab().values()) + 1 for tok in tokenizers.values()))
-        if is_main():
-            print(f"vocabulary sizes are {sizes}: logits cropped to the tokenizer's {size}")
+    vocab_size = min(*sizes.values(), max(max(tok.get_vocab().values()) + 1 for tok in tokenizers.values()))
+    if vocab_size < max(sizes.values()) and is_main():
+        print(f"vocabulary sizes are {sizes}: logits cropped to the tokenizer's {vocab_size}")
     end_ids = set()
     for role, path in paths.items():
         for ids in (configs[role].eos_token_id, _generation_end(path), tokenizers[role].eos_token_id):
             end_ids.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-    end_ids = tuple(sorted(i for i in end_ids if 0 <= i < size))
+    end_ids = tuple(sorted(i for i in end_ids if 0 <= i < vocab_size))
     if not end_ids:
-        refuse(f"no response could ever end: set an end token, eos_token_id below {size}, in a model's config.json")
-    _check_room(args, configs, problem_sets)
-    return Vocab(size, end_ids, end_ids[0] if student.pad_token_id is None else student.pad_token_id), student
-
-
-def _check_known(problems, tokenizer):
-    """Refuse questions that the tokenizer has no words for: a model learns nothing from them, without complaint."""
-    unk = tokenizer.unk_token_id  # (looked up anew at every access)
-    unknown = [p.prompt.count(unk) / len(p.prompt) for p in problems]
-    share = sum(unknown) / len(unknown)
-    if share > 0.05:
-        example = problems[unknown.index(max(unknown))].question[:60]
-        refuse(
-            f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {tokenizer.name_or_path!r}, as in "
-            f"{example!r}: models and data do not belong together"
-        )
-
-
-def _check_room(args, configs, problem_sets):
-    """Prompts and responses must fit into both models' contexts."""
-    longest = max((p for problems in problem_sets for p in problems), key=lambda p: len(p.prompt))
-    new = max(getattr(args, "max_new_tokens", 0), args.eval_max_new_tokens)
+        refuse(f"no response could ever end: set an end token, eos_token_id below {vocab_size}, in a config.json")
+    encode_responses(problem_sets[0], asker, asker.eos_token_id, vocab_size)
+    longest, new = max(problems, key=lambda p: len(p.prompt)), args.eval_max_new_tokens
+    new = max(new, getattr(args, "max_new_tokens", 0))
     for role, config in configs.items():
         room = getattr(config, "max_position_embeddings", None) or math.inf
         if len(longest.prompt) + new > room:
@@ -97,6 +91,7 @@ def _check_room(args, configs, problem_sets):
                 f"context of {room}: lower --max_new_tokens and --eval_max_new_tokens or leave out "
                 f"{longest.question[:60]!r}..."
             )
+    return Tokens(student, end_ids, vocab_size)
 
 
 def _generation_end(path):
@@ -108,55 +103,101 @@ def _generation_end(path):
             refuse(f"generation_config.json in {path!r} is damaged: mend or delete it ({error})")
 
 
-def resolve_precision(args):
-    """What --precision auto stands for here: bf16 on a GPU that computes in it; on a CPU for models of more than 10
-    million parameters, if it has AMX (without it, products in bf16 were slower than in fp32: bench/README.md)."""
-    if args.precision != "auto":
-        return args.precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    role = "student" if hasattr(args, "student") else "model"
-    fast = torch.cpu._is_amx_tile_supported() and not is_toy(_load_config(getattr(args, role), role))
-    return "bf16" if fast else "fp32"
+# ----------------------------------------------------------------------------------------------------------------
+# Precision
 
 
-def is_toy(config):
-    """Whether a model of this config has less than 10 million parameters."""
-    try:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config).num_parameters() < 10e6
-    except Exception:  # none can be made of it: load_vocab and load_model say what is wrong
-        return True
+def faster_precision(model):
+    """What --precision auto stands for here -> "fp32" or "bf16". A model of less than 10 million parameters stays in
+    fp32; for others the main process multiplies two matrices in either precision, and all take the faster one."""
+    found = []
+    if is_main() and model.num_parameters() >= 10e6:
+        ms = {name: 1000 * _seconds(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+        found = [min(ms, key=ms.get)]
+        print(
+            f"--precision auto is {found[0]}: a product takes {ms['fp32']:.1f} ms in fp32, {ms['bf16']:.1f} ms in bf16"
+        )
+    return (gather(found) + ["fp32"])[0]
 
 
-def load_model(path, args, trainable=False):
-    """A causal LM on this process's device: the trained one with fp32 weights, which small learning rates need."""
-    dtype = torch.bfloat16 if args.precision == "bf16" and not trainable else torch.float32
-    device = device_here() if trainable else getattr(args, "teacher_device", "") or device_here()
+def _seconds(dtype, n=1024):
+    """The time that a product of two matrices takes, as they occur in a model: the least of three."""
+    a, times = torch.ones(n, n, dtype=dtype, device=device_here()), []
+    for _ in range(4):
+        began = time.perf_counter()
+        (a @ a).sum().item()  # waits for a GPU
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def autocast(model):
+    """The region in which a model with fp32 weights computes in bf16, if it is to."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "autocasts", False))
+
+
+def compute_dtype(model):
+    """The precision of a model's products."""
+    return torch.bfloat16 if getattr(model, "autocasts", False) else model.dtype
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_student(args):
+    """-> the student, with fp32 weights, which small learning rates need; and what samples in its place. In fp32 and in
+    one process that is the student itself. Otherwise it is a plain copy of it, whole, in the run's precision: decoding
+    under autocast casts all weights at every step, and from a sharded model it takes a collective a layer.
+    args.precision becomes what "auto" stands for."""
+    student = load_model(args.student, "fp32").requires_grad_()
+    args.precision = faster_precision(student) if args.precision == "auto" else args.precision
+    sampler = student
+    if args.precision == "bf16" or dist.is_initialized():
+        sampler = cast(copy.deepcopy(student).requires_grad_(False), args.precision)
+    student.autocasts = args.precision == "bf16"
+    if args.gradient_checkpointing:
+        for layer in layers(student):  # transformers' own switch needs train mode, and with it dropout
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return shard(student) if dist.is_initialized() else student, sampler
+
+
+def cast(model, precision):
+    """The model with its parameters in this precision. Its buffers stay: rotary frequencies must not be rounded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return model
+
+
+@torch.no_grad()
+def refresh(sampler, student):
+    """Give the copy that samples the student's weights; in place, since recorded steps hold its addresses."""
+    if sampler is not student:
+        for mine, new in zip(sampler.parameters(), student.parameters()):
+            mine.copy_(whole(new))
+
+
+def load_teacher(args):
+    """-> the teacher, frozen, in the run's precision."""
+    teacher = load_model(args.teacher, args.precision)
+    return shard(teacher) if dist.is_initialized() else teacher
+
+
+def load_model(path, precision):
+    """A frozen causal LM on this process's device, in eval mode: with dropout, sampler and scorer would disagree."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     options = dict(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     model, report = _load(transformers.AutoModelForCausalLM, path, "model", **options)
     made_up = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     if made_up:
         trouble = f"{len(made_up)} missing or of another shape, such as {made_up[0]}"
         refuse(f"the weights in {path!r} do not fit its config.json ({trouble}): copy or download it again")
-    model.to(device)
-    if trainable and model.num_parameters() > 10e6 and is_main():
-        defaults = [name for name in ("data", "eval_data", "lr") if getattr(args, name) == getattr(type(args), name)]
-        if defaults:
-            values = ", ".join(f"--{name} {getattr(args, name)}" for name in defaults)
-            print(f"warning: {values}: made for the toy; others take an lr of 5e-7 to 2e-6, begin from recipes/")
+    model = model.to(device_here()).requires_grad_(False).eval()
     if model.device.type == "cpu" and model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much
-    model.requires_grad_(trainable).eval()  # eval mode always: dropout would make sampler and scorer disagree
-    model.autocasts = args.precision == "bf16" and trainable  # see fast.autocast
-    check_logits(model, Vocab(model.config.get_text_config().vocab_size, (), 0))
-    if trainable and args.gradient_checkpointing:
-        for layer in layers(model):  # transformers' own switch needs train mode, and with it dropout
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    return shard(model) if dist.is_initialized() else model
+    return cast(model, faster_precision(model)) if precision == "auto" else model
 
 
-def _load_config(path, role):
+def load_config(path, role):
     config = _load(transformers.AutoConfig, path, role)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         refuse(f"--{role} {path!r} is a {config.model_type} model: give a causal language model")
@@ -174,7 +215,45 @@ def _load(auto_class, path, role, **options):
         if missing:
             refuse(f"the {role} {path!r} has no {missing[0]}: save model and tokenizer there with save_pretrained")
     try:
-        return auto_class.from_pretrained(path, **options)
+        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # the hub, the file system, the format: transformers raises them all
         reason = f"{type(error).__name__}: {error}"[:300]
         refuse(f"the {role} {path!r} {where} ({auto_class.__name__}: {reason})")
+
+
+def identity(path):
+    """What tells one state of a checkpoint from another: a hash of its files' sizes and times, or the hub's commit."""
+    if path and os.path.isdir(path):
+        stats = [(name, os.stat(os.path.join(path, name))) for name in sorted(os.listdir(path))]
+        text = repr([(name, stat.st_size, stat.st_mtime) for name, stat in stats])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return path and getattr(load_config(path, "model"), "_commit_hash", None)
+
+
+def static_cache(model, rows, columns):
+    """A cache of this size, emptied; the same one every time, since a recorded step holds its addresses."""
+    caches = model.__dict__.setdefault("static_caches", {})
+    if (rows, columns) not in caches:
+        caches[rows, columns] = transformers.StaticCache(config=model.config, max_cache_len=columns)
+    caches[rows, columns].reset()
+    return caches[rows, columns]
+
+
+def sequence_flops(model, response_lens, prompt_lens):
+    """Model FLOPs of one forward pass over prompts and their responses, with the LM head at the responses only.
+
+    (B,), (B,) -> float. Two per weight of a matrix and token, plus attention: a token sees n others through
+    4·n·heads·head_dim FLOPs per layer (scores and values). The last token is predicted but never read. Sampling with a
+    KV cache does the same arithmetic as one such pass, and a backward pass twice as much. Padding is not counted."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight
+    embeddings = {id(head), id(model.get_input_embeddings().weight)}
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    used = {2: 1.0, 3: getattr(config, "num_experts_per_tok", experts) / experts}  # experts are stacked, few are used
+    matrices = sum(p.numel() * used[p.ndim] for p in model.parameters() if p.ndim in used and id(p) not in embeddings)
+    layer_configs = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    head_dims = [getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads for c in layer_configs]
+    width = sum(c.num_attention_heads * head_dim for c, head_dim in zip(layer_configs, head_dims))
+    n = (prompt_lens + response_lens - 1).double()
+    attention = 4 * n * (n + 1) / 2 * width  # causal: token i attends to i tokens
+    return (2 * matrices * n + attention + 2 * head.numel() * response_lens.double()).sum().item()

@@ -1,14 +1,14 @@
 """One process or several (torchrun, FSDP2): all that is below works the same in both."""
 
 import atexit
-import contextlib
 import os
 import types
 import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def start_processes():
@@ -54,7 +54,7 @@ def sum_over_processes(value):
     return tensor if isinstance(value, torch.Tensor) else type(value)(tensor.item())
 
 
-def average(value):
+def mean_over_processes(value):
     """The mean of a number or tensor over all processes: what FSDP makes of gradients."""
     return sum_over_processes(value) / rank_and_world()[1]
 
@@ -75,8 +75,8 @@ def layers(model):
 
 
 def shard(model):
-    """Split a model's weights, gradients and optimizer state over all processes, layer by layer. The model stays an
-    ordinary module. Its root keeps what it gathered after a forward pass: the LM head comes after it."""
+    """Split a model's weights, gradients and optimizer state over all processes, layer by layer. Its root keeps what it
+    gathered after a forward pass: the LM head comes after it."""
     for layer in layers(model):
         fully_shard(layer)
     fully_shard(model, reshard_after_forward=False)
@@ -90,20 +90,14 @@ def body(model):
     return getattr(model, "body", model.base_model)
 
 
-@contextlib.contextmanager
-def unsharded(model):
-    """Keep the gathered weights of a sharded model between forward passes: a decode step then needs no collective,
-    and processes may decode different numbers of steps. Does nothing to a model that is not sharded."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in shards:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in shards:
-        module.set_reshard_after_forward(module is not model, recurse=False)
-        module.reshard()
+def whole(tensor):
+    """A tensor that may be sharded, whole, on every process, which all have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full(tensor):
-    """A tensor that may be sharded, in full, on every process."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def like(tensor, parameter):
+    """A whole tensor on the device of a parameter, and sharded as it is."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor) and tensor.ndim:
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor

@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
 
-from plumbing import runs  # noqa: E402
-from plumbing.runs import parse  # noqa: E402
+import plumbing.run  # noqa: E402
+from common import make_rollouts  # noqa: E402
+from plumbing.arguments import parse  # noqa: E402
 
 # Drawing takes longer than all else in runs of this size. What looks at curves.png asks for the fixture `curves`.
-draw_curves, runs.draw_curves = runs.draw_curves, lambda out_dir: None
+draw_curves, plumbing.run.draw_curves = plumbing.run.draw_curves, lambda out: None
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -86,13 +87,11 @@ def make_checkpoint(
     return str(path)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs CUDA, and is skipped without")
-
-
 # Every script with a training loop, found and not listed: a new sibling is tested as soon as it stands there.
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "optimizer.step()" in path.read_text())
-DISTILLATION = [script for script in SCRIPTS if "weighted_kl(" in (ROOT / f"{script}.py").read_text()]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "optimizer.step()" in path.read_text(encoding="utf-8"))
+DISTILLATION = [
+    script for script in SCRIPTS if "distillation_loss(" in (ROOT / f"{script}.py").read_text(encoding="utf-8")
+]
 
 
 def arguments_of(script, world, **more):
@@ -112,31 +111,30 @@ def argv(arguments):
     return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
 
 
-def even_length(text, answer, grading="marked"):
+def even_length(text, answer):
     """A reward that random models get now and then, so that GRPO has something to reinforce."""
     return len(text) % 2 == 0
 
 
-def masked_inputs(rollouts):
-    """The model's arguments for prompts and responses as they lie there, padding on both sides, with masks."""
-    mask = torch.cat([rollouts.prompt_mask, rollouts.mask], 1).long()
-    return {"input_ids": rollouts.ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+def rollouts_of(prompts, responses):
+    """Rollouts of these lists of ids, on the CPU, all of which finish."""
+    return make_rollouts(prompts, responses, [True] * len(prompts), torch.device("cpu"))
 
 
 def write_jsonl(path, rows):
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
 def read_log(out_dir, times=False):
     """log.jsonl as a list of dicts, without what depends on the clock."""
-    rows = [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return rows if times else [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in rows]
 
 
 @pytest.fixture
 def curves(monkeypatch):
-    monkeypatch.setattr(runs, "draw_curves", draw_curves)
+    monkeypatch.setattr(plumbing.run, "draw_curves", draw_curves)
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +144,11 @@ def world(tmp_path_factory):
     The teacher has two dozen end tokens, so that random models end too, and responses differ in length.
     """
     root = tmp_path_factory.mktemp("world")
-    rows = [{"question": f"{q} ({i})", "answer": f"work <<1+1=2>>\n#### {i}"} for i, q in enumerate(QUESTIONS * 3)]
+    words = "The answer is here and it is right because we have added all of it".split()
+    rows = [
+        {"question": f"{q} ({i})", "answer": f"work <<1+1=2>>\n#### {i}", "response": " ".join(words[: 1 + i])}
+        for i, q in enumerate(QUESTIONS * 3)
+    ]
     return dict(
         student=make_checkpoint(root / "student", eos="<|endoftext|>", seed=1),
         teacher=make_checkpoint(root / "teacher", hidden=48, seed=2, eos_token_id=[302, *range(100, 124)]),

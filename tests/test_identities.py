@@ -5,8 +5,8 @@ p is the frozen teacher, q the student, s a prefix, ∇ the gradient in the stud
 part 5, which is about sampling, is statistical. All in fp64.
 
 It begins with what can be checked by hand. Up to part 6 a model is a table with one row of logits for each prefix.
-Nothing is lost: any network is a function from its parameters to such a table, and the chain rule carries every gradient
-identity over; part 7 shows it for Proposition 1, in the parameters of a transformer.
+Nothing is lost: any network is a function from its parameters to such a table, and the chain rule carries every
+gradient identity over; part 7 shows it for Proposition 1, in the parameters of a transformer.
 """
 
 from itertools import product
@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common import draw, entropy, forward_kl, mixed_kl, reverse_kl
+from common import (
+    draw,
+    entropy,
+    forward_kl,
+    mixed_kl,
+    reverse_kl,
+    sampled_forward_kl,
+    sampled_mixed_kl,
+    sampled_reverse_kl,
+)
 
 
 def grad(loss, wrt):
@@ -43,16 +52,12 @@ def logits_pair(*shape):
 # 1. Four objectives, four optima
 
 
-@pytest.mark.parametrize(
-    "prefixes, kl, optimum",
-    [
-        ("teacher", forward_kl, 0.438),
-        ("teacher", reverse_kl, 0.560),
-        ("student", forward_kl, 0.783),
-        ("student", reverse_kl, 0.951),
-    ],
-    ids=["sft_offpolicy", "offline_rl_distill", "dagger_onpolicy", "opd"],
-)
+@pytest.mark.parametrize("prefixes, kl, optimum", [
+    ("teacher", forward_kl, 0.438),
+    ("teacher", reverse_kl, 0.560),
+    ("student", forward_kl, 0.783),
+    ("student", reverse_kl, 0.951),
+], ids=["sft_offpolicy", "offline_rl_distill", "dagger_onpolicy", "opd"])  # fmt: skip
 def test_four_corners_have_four_optima(prefixes, kl, optimum):
     """A student that can copy its teacher has one optimum for all four. One that cannot must choose, and here it does:
     it does not see the context, A or B, and the teacher says token 0 with .99 after A and with .3 after B.
@@ -243,17 +248,17 @@ def assert_unbiased(samples, exact):
 
 
 def one_sample_each(n, vocabulary=5):
-    """-> student (V,) leaf, teacher (V,), the same n times over (n, V) with a leaf of its own, and u (n,)."""
+    """-> student (V,) leaf, teacher (V,), the same n times over (n, V) with a leaf of its own. Sets the seed to 1."""
     student, teacher = logits_pair(vocabulary)
-    u = torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return student, teacher, student.detach().repeat(n, 1).requires_grad_(), teacher.expand(n, vocabulary), u
+    torch.manual_seed(1)
+    return student, teacher, student.detach().repeat(n, 1).requires_grad_(), teacher.expand(n, vocabulary)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
 def test_one_sampled_token_gives_an_unbiased_value_and_gradient(lam):
-    student, teacher, students, teachers, u = one_sample_each(100_000)
+    student, teacher, students, teachers = one_sample_each(100_000)
     exact = mixed_kl(student, teacher, lam)
-    sampled = mixed_kl(students, teachers, lam, u=u)  # (n,)
+    sampled = sampled_mixed_kl(students, teachers, lam)  # (n,)
     assert_unbiased(sampled.detach(), exact.detach())
     assert_unbiased(grad(sampled.sum(), students), grad(exact, student))
     # And that is a test: the gradients of the two directions are a hundred standard errors apart.
@@ -265,22 +270,24 @@ def test_hard_label_sft_is_the_monte_carlo_form_of_forward_kl():
     """y ~ p: the cross-entropy −log q(y) has the gradient of the sampled forward KL, token by token, and in expectation
     that of KL(p‖q). As a number it is larger by the teacher's entropy, which no student can remove.
     """
-    student, teacher, students, teachers, u = one_sample_each(100_000)
-    labels = draw(teachers.softmax(-1), u)
+    student, teacher, students, teachers = one_sample_each(100_000)
+    labels = draw(teachers.softmax(-1))[:, 0]
     sft = F.cross_entropy(students, labels, reduction="none")
     exact = forward_kl(student, teacher)
-    assert_same(grad(forward_kl(students, teachers, u=u).sum(), students), grad(sft.sum(), students))
+    torch.manual_seed(1)  # so that the same tokens are drawn again
+    assert_same(grad(sampled_forward_kl(students, teachers).sum(), students), grad(sft.sum(), students))
     assert_unbiased(grad(sft.sum(), students), grad(exact, student))
     assert_unbiased(sft.detach(), (exact + entropy(teacher)).detach())
 
 
 def test_sampled_reverse_kl_is_reinforce_with_the_log_ratio_as_reward():
     """y ~ q: −sg[r] log q(y), r = log p(y) − log q(y), has the gradient of the sampled reverse KL, token by token."""
-    _, _, students, teachers, u = one_sample_each(1_000)
-    action = draw(students.softmax(-1).detach(), u)[:, None]
+    _, _, students, teachers = one_sample_each(1_000)
+    action = draw(students.softmax(-1).detach())
     log_q, log_p = (logits.log_softmax(-1).gather(-1, action)[:, 0] for logits in (students, teachers))
     reinforce = -(log_p - log_q).detach() * log_q
-    assert_same(grad(reverse_kl(students, teachers, u=u).sum(), students), grad(reinforce.sum(), students))
+    torch.manual_seed(1)  # so that the same tokens are drawn again
+    assert_same(grad(sampled_reverse_kl(students, teachers).sum(), students), grad(reinforce.sum(), students))
 
 
 def test_stopping_the_gradient_of_the_reward_matters():
@@ -397,16 +404,10 @@ def transformer():
 
     def make(seed):
         torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=7,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            initializer_range=0.3,  # the usual .02 starts near the uniform distribution, where too much is equal
-        )
+        sizes = dict(vocab_size=7, hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8)
+        heads = dict(num_attention_heads=2, num_key_value_heads=1)
+        # The usual range, .02, starts near the uniform distribution, where too much is equal.
+        config = Qwen3Config(**sizes, **heads, initializer_range=0.3)
         return Qwen3ForCausalLM(config).double()
 
     prefixes = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 6, 6], [1, 5, 0]])

@@ -1,34 +1,36 @@
 """From rollouts to a gradient: which positions are scored, what a token weighs, and that chunks change nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-import transformers
-from conftest import make_checkpoint
+import torch.nn.functional as F
+from conftest import make_checkpoint, rollouts_of
+from transformers import AutoModelForCausalLM
 
-from common import as_one_end, forward_kl, make_rollouts, mixed_kl, reverse_kl, sample, uniforms, weighted_kl
-from plumbing.fast import Head, _add_matmul
-from plumbing.models import Vocab
+import common
+from common import distillation_loss, entropy, forward_kl, merge_ends, reverse_kl
+from plumbing.models import sequence_flops
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13)]
-RESPONSES = [(20, 21, 22), tuple(range(30, 43))]  # 3 and 13 tokens
+RESPONSES = [[20, 0, 302], list(range(30, 43))]  # 3 tokens, one of which looks like padding and one is an end; 13
+FOUR_PROMPTS, FOUR_RESPONSES = PROMPTS * 2, [*RESPONSES, RESPONSES[1][:5], RESPONSES[0][:1]]
 V = 303
+
+
+def load(path, **options):
+    return AutoModelForCausalLM.from_pretrained(make_checkpoint(path, **options)).eval()
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     root = tmp_path_factory.mktemp("pair")
-    paths = make_checkpoint(root / "s", seed=1, tied=False), make_checkpoint(root / "t", hidden=48, seed=2)
-    student, teacher = (transformers.AutoModelForCausalLM.from_pretrained(path).eval() for path in paths)
-    return student, teacher.requires_grad_(False)
+    return load(root / "s", seed=1, tied=False), load(root / "t", hidden=48, seed=2)
 
 
-def vocab(size=V):
-    return Vocab(size, (302,), pad_id=302)
-
-
-def rollouts(prompts=PROMPTS, responses=RESPONSES):
-    keys = [(0, 1, i) for i in range(len(prompts))]
-    return make_rollouts(prompts, responses, [True] * len(prompts), keys, vocab(), "cpu")
+@pytest.fixture
+def batch():
+    return rollouts_of(PROMPTS, RESPONSES)
 
 
 def gradient(model, loss):
@@ -36,188 +38,148 @@ def gradient(model, loss):
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
-def full_logits_loss(divergence, student, teacher, prompts=PROMPTS, responses=RESPONSES):
-    """The definition: one sequence at a time, no padding, all logits at once, mean over all response tokens."""
-    losses = []
+def definition(divergence, pair, weights=None, prompts=PROMPTS, responses=RESPONSES):
+    """Σ weights · divergence and Σ weights · H(q), one sequence at a time, without padding, all logits at once.
+    weights: B tensors, one number for each response token. Without them: the mean over all response tokens."""
+    losses, entropies = [], []
     for prompt, response in zip(prompts, responses):
-        ids = torch.tensor([[*prompt, *response]])
-        positions = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
-        losses.append(divergence(student(ids).logits[0, positions], teacher(ids).logits[0, positions]))
-    return torch.cat(losses).mean()
+        q, p = (model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] for model in pair)
+        losses.append(divergence(q, p))
+        entropies.append(entropy(q.detach()))
+    losses, entropies = torch.cat(losses), torch.cat(entropies)
+    weights = torch.full_like(losses, 1 / len(losses)) if weights is None else torch.cat(weights)
+    return (weights * losses).sum(), (weights * entropies).sum()
 
 
-DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "mixed": lambda s, t, u=None: mixed_kl(s, t, 0.3, u)}
+def assert_same(model, loss, expected):
+    """In value and in gradient. Compared as gradients: Adam would hide a wrong scale, and blow rounding up."""
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(model, 3 * loss), gradient(model, 3 * expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl, lambda s, t: (s - t).square().mean(-1)])
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
-def test_chunked_loss_and_gradient_equal_those_of_full_logits(pair, name, chunk):
-    student, teacher = pair
-    batch = rollouts()
-    loss, entropy = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 16, vocab(), chunk=chunk)
-    expected = full_logits_loss(DIVERGENCES[name], *pair)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient(student, loss), gradient(student, expected), rtol=1e-4, atol=1e-6)
-    assert not entropy.requires_grad and entropy > 0
+def test_chunked_loss_and_gradient_equal_those_of_full_logits(pair, batch, divergence, chunk):
+    """Every token with a weight of its own; any differentiable function of two logit tensors. What a token that is no
+    response token weighs is not looked at. Only the student gets a gradient."""
+    token_weights = torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(0))
+    loss, mean_entropy = distillation_loss(divergence, *pair, batch, token_weights, end_ids=(7, 302), chunk=chunk)
+    expected, expected_entropy = definition(divergence, pair, [token_weights[0, 3:6], token_weights[1, 6:19]])
+    assert_same(pair[0], loss, expected)
+    torch.testing.assert_close(mean_entropy, expected_entropy)
+    assert loss.requires_grad and not mean_entropy.requires_grad
+    assert set(torch.autograd.grad(loss, list(pair[1].parameters()), allow_unused=True)) == {None}
 
 
-def test_a_divergence_of_ones_own_goes_through_the_same_call(pair):
-    """Any differentiable function of two logit tensors: here total variation, by autograd, chunk by chunk."""
-
-    def total_variation(student_logits, teacher_logits):
-        return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2
-
-    batch = rollouts()
-    loss, _ = weighted_kl(total_variation, *pair, batch, batch.mask / 16, vocab(), chunk=3)
-    expected = full_logits_loss(total_variation, *pair)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient(pair[0], loss), gradient(pair[0], expected), rtol=1e-4, atol=1e-6)
-
-
-def test_scored_positions_are_those_that_predict_the_response(pair, monkeypatch):
-    """Prompt of P tokens, response of C with its end token: the rows of d loss / d logits that are not zero are
-    exactly P−1 … P+C−2. No prompt token is scored, the first response token and the end token are."""
-    student, _ = pair
-    batch = rollouts()
+def test_scored_positions_are_those_that_predict_the_response(pair, batch):
+    """Prompt of P tokens, response of C with its end token: the hidden states that get a gradient are exactly those of
+    P−1 … P+C−2. No prompt token is scored, the first response token and the end token are."""
     hidden = []
-    hook = student.base_model.register_forward_hook(
-        lambda m, a, out: (out.last_hidden_state.retain_grad(), hidden.append(out.last_hidden_state)) and None
-    )
-    loss, _ = weighted_kl(forward_kl, *pair, batch, batch.mask / 16, vocab())
-    loss.backward()
+    hook = pair[0].base_model.register_forward_hook(lambda m, args, out: hidden.append(out.last_hidden_state))
+    loss, _ = distillation_loss(forward_kl, *pair, batch, batch.mask / 16)
     hook.remove()
-    student.zero_grad()
-    touched = hidden[0].grad.abs().sum(-1) > 0  # (B, P+R), every row from column 0 on
-    for row, prompt, response in zip(touched, PROMPTS, RESPONSES):
-        P = len(prompt)
-        assert row.nonzero()[:, 0].tolist() == list(range(P - 1, P + len(response) - 1))
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert [row.nonzero()[:, 0].tolist() for row in grad.abs().sum(-1)] == [list(range(2, 5)), list(range(5, 18))]
 
 
-def test_micro_batches_give_the_same_gradient(pair):
-    """Compared as gradients: Adam would hide a wrong scale, and blow rounding up."""
-    student, _ = pair
-    batch = rollouts(PROMPTS * 2, [RESPONSES[0], RESPONSES[1], RESPONSES[1][:5], RESPONSES[0][:1]])
-    grads = []
+def test_micro_batches_of_any_size_give_the_mean_over_all_response_tokens(pair, batch):
+    """3 tokens with a KL of 1 and 13 with one of .2 have a mean of .35; a mean of micro-batches' means says .6."""
     for size in (1, 2, 3, 4):
-        grad = 0.0
-        for micro in batch.split(size):
-            loss, _ = weighted_kl(reverse_kl, *pair, micro, micro.mask / batch.mask.sum(), vocab(), "sampled")
-            grad = grad + gradient(student, loss)
-        grads.append(grad)
-    for grad in grads[1:]:
-        torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-6)
+        micros = rollouts_of(FOUR_PROMPTS, FOUR_RESPONSES).split(size)
+        losses = [distillation_loss(reverse_kl, *pair, m, m.mask / 22)[0] for m in micros]
+        assert_same(pair[0], sum(losses), definition(reverse_kl, pair, None, FOUR_PROMPTS, FOUR_RESPONSES)[0])
+    given = lambda s, _: 0 * s.sum(-1) + (1.0 if len(s) == 3 else 0.2)
+    assert sum(distillation_loss(given, *pair, m, m.mask / 16)[0] for m in batch.split(1)).item() == pytest.approx(0.35)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "sampled"])
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_ends_as_one_goes_through_the_same_call(pair, name, estimator):
-    """Any divergence, either estimator: what is compared are the merged distributions."""
-    batch = rollouts()
-    two_ends = Vocab(V, (7, 302), pad_id=302)
-    loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 16, two_ends, estimator, "as_one", chunk=5)
-    u = uniforms(batch.keys, 13, "estimate")
-    rows = iter([u[0, :3], u[1]] if estimator == "sampled" else [])
-
-    def divergence(s, t):
-        return DIVERGENCES[name](as_one_end(s, (7, 302)), as_one_end(t, (7, 302)), u=next(rows, None))
-
-    expected = full_logits_loss(divergence, *pair)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient(pair[0], loss), gradient(pair[0], expected), rtol=1e-4, atol=1e-6)
+def test_what_stands_in_the_padding_and_how_much_of_it_there_is_changes_nothing(pair, batch):
+    """Padding is marked by a mask, never by an id."""
+    assert batch.responses() == RESPONSES and [x.tolist() for x in batch.lengths()] == [[3, 13], [3, 6]]
+    batch.ids[0, 6:] = 99
+    batch.ids, batch.mask = F.pad(batch.ids, (0, 7), value=98), F.pad(batch.mask, (0, 7))
+    loss, _ = distillation_loss(reverse_kl, *pair, batch, batch.mask / 16)
+    assert_same(pair[0], loss, definition(reverse_kl, pair)[0])
 
 
-def test_in_half_precision_the_head_multiplies_bf16_and_its_gradient_adds_up_in_fp32(pair, monkeypatch):
-    student, teacher = pair
-    monkeypatch.setattr(student, "autocasts", True, raising=False)
-    head = Head(student, vocab())
-    assert head.weight.dtype == torch.bfloat16 and head.parameters[0].dtype == torch.float32
-    assert Head(teacher.bfloat16(), vocab()).weight.dtype == torch.bfloat16
-    batch, results = rollouts(), []
-    for half in (True, False):
-        student.autocasts = half
-        teacher.to(torch.bfloat16 if half else torch.float32)
-        assert head(torch.ones(2, 32)).dtype == torch.float32
-        loss, _ = weighted_kl(reverse_kl, *pair, batch, batch.mask / 16, vocab(), chunk=3)
-        results.append((loss, gradient(student, loss)))
-    (half_loss, half_grad), (loss, grad) = results
-    assert half_grad.dtype == torch.float32 and 0 < (half_grad - grad).norm() < 0.05 * grad.norm()
+def test_split_keeps_every_row_once_sorts_by_length_and_trims_padding():
+    batch = rollouts_of(FOUR_PROMPTS, FOUR_RESPONSES)
+    batch.ended = torch.tensor([True, False, False, True])
+    for micro, rows, width in zip(batch.split(3), ([0, 3, 2], [1]), (8, 19), strict=True):
+        assert micro.rows.tolist() == rows and micro.ids.shape[1] == width
+        assert micro.lengths()[1].tolist() == [len(FOUR_PROMPTS[i]) for i in rows]
+        assert micro.responses() == [FOUR_RESPONSES[i] for i in rows]
+        assert micro.ended.tolist() == batch.ended[rows].tolist()
+
+
+def test_a_batch_without_response_tokens_has_a_loss_and_a_gradient_of_zero(pair):
+    """Under FSDP a process that has none must go through the model all the same, forwards and backwards."""
+    batch = rollouts_of(PROMPTS, [[], []])
+    loss, mean_entropy = distillation_loss(reverse_kl, *pair, batch, batch.mask / 16)
+    assert loss == mean_entropy == 0 and not gradient(pair[0], loss).any()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "sampled_forward_kl", "sampled_reverse_kl"])
+def test_ends_as_one_compares_the_merged_distributions_and_chunks_draw_one_stream_of_numbers(pair, batch, name):
+    divergence, ends = getattr(common, name), (7, 302)
+    torch.manual_seed(0)
+    loss, _ = distillation_loss(divergence, *pair, batch, batch.mask / 16, ends, "as_one", chunk=5)
+    torch.manual_seed(0)
+    expected, _ = definition(lambda s, t: divergence(merge_ends(s, ends), merge_ends(t, ends)), pair)
+    assert_same(pair[0], loss, expected)
+
+
+def test_in_half_precision_the_head_multiplies_bf16_and_its_gradient_adds_up_in_fp32(pair, batch, monkeypatch):
+    """The sum over chunks of one token is compared with the gradients of 16 losses, each of which counts one token."""
+    loss, _ = distillation_loss(reverse_kl, *pair, batch, batch.mask / 16)
+    exact = gradient(pair[0], loss)
+    for model in pair:
+        monkeypatch.setattr(model, "autocasts", True, raising=False)
+    half_loss, _ = distillation_loss(reverse_kl, *pair, batch, batch.mask / 16, chunk=1)
+    assert common.head_of(pair[0])[0].dtype == torch.bfloat16 and half_loss.dtype == torch.float32
     assert half_loss.item() == pytest.approx(loss.item(), rel=0.02)
+    assert 0 < (gradient(pair[0], half_loss) - exact).norm() < 0.05 * exact.norm()
+
+    def of_head(token_weights):
+        loss, _ = distillation_loss(reverse_kl, *pair, batch, token_weights, chunk=1)
+        return torch.autograd.grad(loss, pair[0].lm_head.weight)[0]
+
+    parts = [of_head(torch.zeros(batch.mask.shape).index_put_((i, t), torch.ones(()))) for i, t in batch.mask.nonzero()]
+    torch.testing.assert_close(of_head(batch.mask * 1.0), sum(parts), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("half", [True, False])
-def test_the_heads_gradient_is_added_up_over_all_rows(half):
-    """In bf16 it is formed in blocks of 1,024 of the V rows: more rows than that here, and no whole number of blocks."""
-    generator = torch.Generator().manual_seed(0)
-    total, a, b = (torch.randn(shape, generator=generator) for shape in ((2500, 3), (2500, 5), (5, 3)))
-    a, b = (x.bfloat16() if half else x for x in (a, b))
-    expected = total.double() + a.double() @ b.double()
-    _add_matmul(total, a, b)
-    torch.testing.assert_close(total.double(), expected, rtol=0.01 if half else 1e-5, atol=0.05 if half else 1e-5)
-    assert total.dtype == torch.float32
-
-
-def test_no_head_runs_for_a_position_that_is_not_scored(pair, monkeypatch):
-    """The body is asked for hidden states; the model with its LM head, which costs V·H a position, is not called."""
-    student, teacher = pair
+def test_no_head_runs_for_a_position_that_is_not_scored_and_none_for_more_than_a_chunk(pair, batch, monkeypatch):
+    """The model with its LM head, which costs V·H a position, is not called: its body is."""
     for model in pair:
         monkeypatch.setattr(model, "forward", None)
         monkeypatch.setattr(model.lm_head, "forward", None)
-    batch = rollouts()
-    weighted_kl(forward_kl, student, teacher, batch, batch.mask / 16, vocab())
-    sample(student, PROMPTS, [(0, 0, 0), (0, 0, 1)], vocab(), 3)
-
-
-def test_split_keeps_every_row_once_and_trims_padding():
-    batch = rollouts(PROMPTS * 2, [RESPONSES[0], RESPONSES[1], RESPONSES[1][:5], RESPONSES[0][:1]])
-    micros = list(batch.split(2))
-    assert sorted(key for m in micros for key in m.keys) == batch.keys
-    by_key = {key: ids for m in micros for key, ids in zip(m.keys, m.responses())}
-    assert [by_key[key] for key in batch.keys] == batch.responses()
-    assert micros[0].mask.shape[1] == 3 and micros[1].mask.shape[1] == 13
-
-
-@pytest.mark.parametrize("name", ["forward", "reverse"])
-def test_the_sampled_estimator_through_the_model_is_unbiased(pair, name):
-    """Mean over 150 draws of u of loss and gradient, within 5 standard errors of the exact ones."""
-    student, _ = pair
-    batch = rollouts([PROMPTS[0]], [RESPONSES[0][:2]])
-    loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 2, vocab())
-    exact = torch.cat([loss.detach()[None], gradient(student, loss)])
-    draws = []
-    for i in range(150):
-        batch.keys = [(i,)]
-        loss, _ = weighted_kl(DIVERGENCES[name], *pair, batch, batch.mask / 2, vocab(), "sampled")
-        draws.append(torch.cat([loss.detach()[None], gradient(student, loss)]))
-    draws = torch.stack(draws)
-    direction = torch.randn(draws.shape[1], 8, generator=torch.Generator().manual_seed(0))
-    direction[:, 0], direction[0, 0] = 0.0, 1.0  # the loss itself; the other seven mix all parameters
-    errors = (draws - exact) @ direction
-    assert (errors.mean(0).abs() < 5 * errors.std(0) / 150**0.5).all()
+    shapes = []
+    divergence = lambda s, t: (shapes.append((*s.shape, *t.shape)), forward_kl(s, t))[1]
+    distillation_loss(divergence, *pair, batch, batch.mask / 16, chunk=6)
+    assert shapes == [(n, V, n, V) for n in (6, 6, 4)]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("arch", ["Qwen3", "Llama", "Gemma2", "Phi"])
-def test_heads_tied_or_not_with_bias_or_soft_cap(arch, tied, tmp_path):
-    """Gemma 2 caps its logits, Phi's head has a bias; our head must be the model's own head in each case."""
+def test_heads_tied_or_not_with_bias_or_soft_cap_cropped_to_the_tokenizers_vocabulary(arch, tied, batch, tmp_path):
+    """Gemma 2 caps its logits, Phi's head has a bias. Both models have more rows than the tokenizer has ids, and not
+    equally many: what is compared are the ids that can occur."""
     extra = {"final_logit_softcapping": 5.0, "head_dim": 8} if arch == "Gemma2" else {}
-    path = make_checkpoint(tmp_path, arch=arch, tied=tied, seed=4, **extra)
-    student = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-    teacher = transformers.AutoModelForCausalLM.from_pretrained(
-        make_checkpoint(tmp_path / "t", arch=arch, tied=tied, **extra)
-    )
-    teacher.eval().requires_grad_(False)
-    batch = rollouts()
-    loss, _ = weighted_kl(reverse_kl, student, teacher, batch, batch.mask / 16, vocab(), chunk=4)
-    expected = full_logits_loss(reverse_kl, student, teacher)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(gradient(student, loss), gradient(student, expected), rtol=1e-3, atol=1e-5)
+    pair = [load(tmp_path / str(n), arch=arch, tied=tied, seed=n, padded=n, **extra) for n in (4, 17)]
+    loss, _ = distillation_loss(reverse_kl, *pair, batch, batch.mask / 16, vocab_size=V, chunk=4)
+    assert_same(pair[0], loss, definition(lambda s, t: reverse_kl(s[:, :V], t[:, :V]), pair)[0])
 
 
-def test_padded_vocabularies_are_cropped_to_the_tokenizer(pair, tmp_path):
-    """Same tokenizer, teacher with 17 more embedding rows: compared over the 303 ids that a tokenizer can produce."""
-    student, _ = pair
-    padded = transformers.AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path, padded=17, seed=2)).eval()
-    batch = rollouts()
-    loss, _ = weighted_kl(reverse_kl, student, padded, batch, batch.mask / 16, vocab(303))
-    expected = full_logits_loss(lambda s, t: reverse_kl(s, t[:, :303]), student, padded)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+def test_log_probs_of_a_batchs_own_tokens_whatever_their_number(pair):
+    ids = torch.randint(V, (2, 200), generator=torch.Generator().manual_seed(0))
+    batch = rollouts_of(ids[:, :10].tolist(), ids[:, 10:].tolist())
+    log_q = pair[0](ids).logits[:, 9:-1].log_softmax(-1).gather(-1, ids[:, 10:, None]).flatten()
+    torch.testing.assert_close(common.token_log_probs(pair[0], batch), log_q)
+
+
+def test_a_teachers_responses_are_cut_to_the_training_length_and_cost_what_sampling_them_once_uncut_does(pair):
+    batch = SimpleNamespace(prompts=PROMPTS * 2, responses=RESPONSES * 2, ended=[True, True, False, True])
+    batch.first_use = [False, True, True, False]
+    for n, ended in ((13, [True, True, False, True]), (3, [True, False, False, False]), (2, [False] * 4)):
+        rollouts = common.teacher_rollouts(pair[1], batch, n)
+        assert rollouts.responses() == [ids[:n] for ids in RESPONSES * 2] and rollouts.ended.tolist() == ended
+        assert rollouts.flops == sequence_flops(pair[1], torch.tensor([13, 3]), torch.tensor([6, 3]))

@@ -1,5 +1,7 @@
-"""Sampling: the right distribution, the right end, and rollouts that depend on (seed, step, row) alone."""
+"""Sampling: the stated distribution, the right ends, and with every cache the tokens and logits of the model itself."""
 
+import copy
+import importlib
 import json
 import math
 from pathlib import Path
@@ -7,257 +9,228 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint, masked_inputs
+from conftest import SCRIPTS, arguments_of, read_log, run, write_jsonl
+from torch.utils.flop_counter import FlopCounterMode
 
-from common import draw, make_rollouts, sample, uniforms
-from plumbing import fast
-from plumbing.fast import response_hidden, sampling_logits, sequence_flops
-from plumbing.models import Vocab
+import common
+import opd
+from common import sample
+from plumbing.models import load_student, refresh, sequence_flops
 
-
-@pytest.fixture(scope="module", params=["Qwen3", "Llama"])
-def model(request, tmp_path_factory):
-    """A tiny model whose checkpoint carries a hostile generation_config, as Qwen3's own does."""
-    path = make_checkpoint(tmp_path_factory.mktemp("model"), arch=request.param, seed=3)
-    hostile = dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.3, eos_token_id=[1, 2])
-    Path(path, "generation_config.json").write_text(json.dumps(hostile))
-    return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-
-
-def vocab_of(model, end_ids=()):
-    return Vocab(model.config.vocab_size, tuple(end_ids), pad_id=0)
-
-
-PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13), (14,), (20, 21)]
-
-
-def keys_for(prompts, step=1):
-    return [(0, step, row) for row in range(len(prompts))]
-
-
-@pytest.mark.parametrize(
-    "temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 7), (2.0, 0.9, 20)]
-)
-def test_what_is_sampled_is_the_stated_distribution(model, temperature, top_p, top_k):
-    """Chi-square over 4,000 one-token rollouts: T, top_p and top_k are the arguments', not the checkpoint's."""
-    n = 4000
-    prompts = [PROMPTS[1]] * n
-    rollouts = sample(model, prompts, keys_for(prompts), vocab_of(model), 1, temperature, top_p, top_k)
-    with torch.no_grad():
-        logits = model(torch.tensor([PROMPTS[1]])).logits[:, -1].double()
-    filters = [transformers.TemperatureLogitsWarper(temperature)]  # those that generate() would use
-    filters += [transformers.TopKLogitsWarper(top_k)] if top_k else []
-    filters += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
-    expected = transformers.LogitsProcessorList(filters)(None, logits)[0].softmax(-1)
-    counts = torch.bincount(rollouts.ids[:, -1], minlength=len(expected)).double()
-    assert counts[expected == 0].sum() == 0
-    big = expected * n >= 5  # the rest goes into one bin
-    observed = torch.cat([counts[big], counts[~big].sum()[None]])
-    wanted = torch.cat([expected[big], expected[~big].sum()[None]]) * n
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    chi2, freedom = ((observed - wanted) ** 2 / wanted).sum().item(), len(wanted) - 1
-    assert chi2 < freedom + 5 * math.sqrt(2 * freedom), f"chi-square {chi2:.0f} with {freedom} degrees of freedom"
-
-
-def test_the_cache_gives_the_same_tokens_as_reading_everything_anew(model, monkeypatch):
-    """Without cache, without padding, one row at a time: the plainest sampler there is draws the same tokens."""
-    monkeypatch.setattr(fast._GrowingLayer, "room", 5)
-    new, vocab = 12, vocab_of(model)
-    rollouts = sample(model, PROMPTS, keys_for(PROMPTS), vocab, new)
-    u = uniforms(keys_for(PROMPTS), new, "rollout")
-    for i, prompt in enumerate(PROMPTS):
-        ids = list(prompt)
-        for t in range(new):
-            with torch.no_grad():
-                logits = model(torch.tensor([ids])).logits[0, -1]
-            ids.append(int(draw(logits.softmax(-1)[None], u[i, t][None])))
-        assert rollouts.responses()[i] == ids[len(prompt) :]
-
-
-def test_rollouts_do_not_depend_on_the_company_they_are_sampled_in(model):
-    """Any split over micro-batches or processes, any order: row i's numbers are keyed by (seed, step, i)."""
-    vocab, keys = vocab_of(model, [3, 4, 5, 17, 30, 31, 32, 60, 61, 99]), keys_for(PROMPTS)
-    together = sample(model, PROMPTS, keys, vocab, 40).responses()
-    for rows in ([3, 1], [0], [2, 0, 3]):
-        alone = sample(model, [PROMPTS[i] for i in rows], [keys[i] for i in rows], vocab, 40).responses()
-        assert alone == [together[i] for i in rows]
-    assert sample(model, PROMPTS, keys_for(PROMPTS, step=2), vocab, 40).responses() != together
-    longer = sample(model, PROMPTS, keys, vocab, 64).responses()
-    assert [r[:40] for r in longer] == together, "a longer cap continues the same responses"
-
-
+PROMPTS = [[*range(5 + 3 * i, 6 + 3 * i + 5 * i % 9), 0] for i in range(16)]  # of 2 to 10 tokens; 0 is padding, too
+ENDS = (0, 3, 4, 11, 17, 30, 31, 32, 40, 41)  # random models say one of them after 1 to 30 tokens
+UNTIED = dict(tie_word_embeddings=False)
 ARCHITECTURES = {  # what differs in a cache: norms of keys, biases, soft caps, windows shorter than the sequences
-    "qwen3": dict(arch="Qwen3", tied=True),
-    "qwen3-untied": dict(arch="Qwen3", tied=False),
-    "qwen2": dict(arch="Qwen2"),
-    "qwen2-sliding": dict(arch="Qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1),
-    "llama": dict(arch="Llama"),
-    "gemma2": dict(arch="Gemma2", head_dim=8, sliding_window=6, attn_logit_softcapping=3.0, final_logit_softcapping=5.0),
-    "mistral": dict(arch="Mistral", sliding_window=5),
+    "qwen3": dict(tie_word_embeddings=True),
+    "qwen3-untied": UNTIED,
+    "qwen2": dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    "llama": UNTIED,
+    "gemma2": UNTIED | dict(sliding_window=6, attn_logit_softcapping=3.0, final_logit_softcapping=5.0),
+    "gemma3_text": UNTIED | dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    "mistral": dict(sliding_window=5),
 }
 
 
+def build(kind, **config):
+    """A tiny random model of any architecture."""
+    sizes = dict(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    if kind in ("bloom", "gpt2"):  # where it is a property
+        del sizes["head_dim"]
+    torch.manual_seed(0)
+    attention = "eager" if "attn_logit_softcapping" in config else None
+    config = transformers.CONFIG_MAPPING[kind.split("-u")[0]](**sizes | config)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at first
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def saved(model, path):
+    """Its checkpoint, with a hostile generation_config, as Qwen3's own is. -> str(path)"""
+    model.save_pretrained(path)
+    hostile = dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.3, eos_token_id=[1, 2])
+    Path(path, "generation_config.json").write_text(json.dumps(hostile), encoding="utf-8")
+    Path(path, "tokenizer.json").touch()  # not read here
+    return str(path)
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def any_model(request, tmp_path_factory):
-    path = make_checkpoint(tmp_path_factory.mktemp("model"), seed=3, **ARCHITECTURES[request.param])
-    attention = "eager" if request.param == "gemma2" else "sdpa"
-    return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention).eval()
+def any_model(request):
+    return build(request.param, **ARCHITECTURES[request.param])
 
 
-def many(model):
-    """Sixteen prompts of one to seven tokens, and end tokens that random models say after 1 to 60 tokens."""
-    prompts = [tuple(range(5, 6 + n % 7)) for n in range(16)]
-    return prompts, keys_for(prompts), vocab_of(model, range(3, 15))
+@torch.no_grad()
+def anew(model, prompts, end_ids, new, temperature=1.0, seed=0, batch_size=None, leave=True):
+    """The plainest sampler: each row alone, without padding or cache, all of it read anew for every token. At every
+    step each row that is still in the batch takes the next number of one generator, by inverse CDF.
+    -> responses, whether they ended, Σ entropy. leave: rows that have ended are no longer in the batch."""
+    generator, n = torch.Generator().manual_seed(seed), batch_size or len(prompts)
+    responses, nats, ended = [[] for _ in prompts], [0.0 for _ in prompts], [False for _ in prompts]
+    for step in range(-(-len(prompts) // n) * new):
+        batch = range(step // new * n, step // new * n + n)  # a batch after the other; dummies fill up the last one
+        rows = [i for i in batch if not leave or i < len(prompts) and not ended[i]]
+        u = torch.rand(len(rows), dtype=torch.float64, generator=generator) if temperature and rows else rows
+        for i, number in zip(rows, u):
+            if i < len(prompts) and not ended[i]:
+                logits = model(input_ids=torch.tensor([prompts[i] + responses[i]])).logits[0, -1].double()
+                p, scaled = logits.softmax(-1), (logits / (temperature or 1)).softmax(-1)
+                nats[i] -= torch.special.xlogy(p, p).sum().item()
+                y = (scaled.cumsum(-1) <= number).sum() if temperature else logits.argmax()
+                responses[i].append(y.item())
+                ended[i] = y.item() in end_ids
+    return responses, ended, nats
 
 
-def test_a_cache_of_fixed_size_gives_the_same_rollouts(any_model, monkeypatch):
-    """What a GPU records as a graph, step by step on a CPU, growing by blocks and dropping rows: the same tokens, ends
-    and entropies as the cache that grows."""
-    prompts, keys, vocab = many(any_model)
-    monkeypatch.setattr(fast.FixedCache, "block", 8)
-    monkeypatch.setattr(fast._GrowingLayer, "room", 5)
-    expected = sample(any_model, prompts, keys, vocab, 64, entropies=True, cache="growing")
-    assert len(set(map(len, expected.responses()))) > 8
-    for slices in (0, 3):
-        found = sample(any_model, prompts, keys, vocab, 64, entropies=True, cache="fixed", at_once=slices)
-        assert found.responses() == expected.responses() and found.ended.tolist() == expected.ended.tolist()
-        torch.testing.assert_close(found.entropy[found.mask], expected.entropy[found.mask], rtol=1e-4, atol=1e-4)
+def assert_same(rollouts, expected):
+    responses, ended, nats = expected
+    assert rollouts.responses() == responses and rollouts.ended.tolist() == ended
+    torch.testing.assert_close(rollouts.nats, torch.tensor(nats), rtol=1e-5, atol=1e-5)
 
 
-def test_both_caches_run_where_weights_are_fp32_and_activations_bf16(any_model, monkeypatch):
-    """Qwen3's keys are then fp32 and its values bf16. In half precision a draw can flip, so the first tokens' entropies
-    are compared, which depend on the prompts alone."""
-    prompts, keys, vocab = many(any_model)
-    exact = sample(any_model, prompts, keys, vocab, 20, entropies=True).entropy[:, 0]
-    monkeypatch.setattr(any_model, "autocasts", True, raising=False)
-    for cache in ("growing", "fixed"):
-        rollouts = sample(any_model, prompts, keys, vocab, 20, entropies=True, cache=cache)
-        torch.testing.assert_close(rollouts.entropy[:, 0], exact, rtol=0.05, atol=0.05)
+FILTERS = [(1.0, 1.0, 0, None), (0.5, 1.0, 0, None), (1.0, 0.8, 0, 50), (1.0, 1.0, 7, None), (2.0, 0.9, 20, 40)]
 
 
-def test_weights_are_cast_to_bf16_once_and_not_at_every_step(model, monkeypatch):
-    monkeypatch.setattr(model, "autocasts", True, raising=False)
-    with torch.profiler.profile(record_shapes=True) as profiler:
-        sample(model, PROMPTS, keys_for(PROMPTS), vocab_of(model), 4, cache="growing")
-    shape = list(model.base_model.layers[0].mlp.gate_proj.weight.shape)
-    casts = [e for e in profiler.events() if e.name == "aten::_to_copy" and e.input_shapes[0] == shape]
-    assert len(casts) == 2 * len(model.base_model.layers), "of gate and up"
+@pytest.mark.parametrize("temperature, top_p, top_k, vocab_size", FILTERS)
+def test_what_is_sampled_is_the_stated_distribution(temperature, top_p, top_k, vocab_size, tmp_path):
+    """Chi-square over 4,000 one-token rollouts: T, top_p, top_k and crop are the arguments', not the checkpoint's."""
+    n, path = 4000, saved(build("qwen3"), tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    rollouts = sample(model, [PROMPTS[1]] * n, (), 1, temperature, top_p, top_k, seed=1, vocab_size=vocab_size)
+    with torch.no_grad():
+        expected = (model(torch.tensor([PROMPTS[1]])).logits[0, -1, :vocab_size].double() / temperature).softmax(-1)
+    p, order = expected.sort(descending=True)
+    p = p[: top_k or None] / p[: top_k or None].sum()
+    p = p * (p.cumsum(-1) - p < top_p)  # the smallest set whose probability is top_p
+    expected = torch.zeros_like(expected).index_copy(0, order[: len(p)], p / p.sum())
+    counts = torch.bincount(rollouts.ids[:, -1], minlength=len(expected)).double()
+    assert len(counts) == len(expected) and counts[expected == 0].sum() == 0
+    big = expected * n >= 5  # the rest goes into one bin
+    counts, wanted = (torch.cat([x[big], x[~big].sum()[None]]) for x in (counts, expected * n))
+    chi2, freedom = ((counts - wanted) ** 2 / wanted)[wanted > 0].sum().item(), (wanted > 0).sum().item() - 1
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom), f"chi-square {chi2:.0f} with {freedom} degrees of freedom"
 
 
-def test_the_fixed_cache_does_not_wait_for_its_longest_row_at_full_width(model, monkeypatch):
-    """Rows times columns that attention reads: with one long response among fifteen short ones, less than a third of
-    what a cache of the final size reads."""
-    monkeypatch.setattr(fast.FixedCache, "block", 16)
-    prompts, new, read = [(5, 6, 7)] * 16, 120, []
-    step = fast.FixedCache.step
-    monkeypatch.setattr(
-        fast.FixedCache, "step", lambda self, y=None: read.append(self.filled.numel()) or step(self, y)
+@pytest.mark.parametrize("temperature, batch_size", [(0.7, None), (0.7, 5), (0, 5)])
+def test_rows_that_end_leave_and_the_others_go_on_as_if_alone(any_model, temperature, batch_size):
+    options = dict(temperature=temperature, seed=2, batch_size=batch_size)
+    rollouts = sample(any_model, PROMPTS, ENDS, 30, entropies=True, **options)
+    assert len(set(map(len, rollouts.responses()))) > 3 and 0 < rollouts.ended.sum()
+    assert_same(rollouts, anew(any_model, PROMPTS, ENDS, 30, **options))
+    assert rollouts.flops == sequence_flops(any_model, *rollouts.lengths())
+    assert rollouts.lengths()[1].tolist() == list(map(len, PROMPTS))
+
+
+@pytest.mark.parametrize("end_ids, batch_size", [((), 6), (ENDS, 20)])
+def test_a_static_cache_draws_what_the_model_says_filled_up_by_dummies(any_model, end_ids, batch_size):
+    """Batches of 6, 6 and 4 rows, the last one filled up, in one cache: it must have been emptied in between."""
+    options = dict(seed=3, batch_size=batch_size)
+    rollouts = sample(any_model, PROMPTS, end_ids, 20, entropies=True, cache="static", prompt_len=12, **options)
+    assert_same(rollouts, anew(any_model, PROMPTS, end_ids, 20, leave=False, **options))
+    assert list(any_model.static_caches) == [(batch_size, 32)]
+    any_model.static_caches.clear()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_cache_changes_logits_by_rounding_only(any_model, precision, cache, tmp_path):
+    """In fp32 to 1e-5; the copy in bf16 is as far from exact arithmetic with a cache as without."""
+    _, model = load_student(opd.Args(student=saved(any_model, tmp_path), precision=precision))
+    seen = []
+    hook = model.register_forward_hook(lambda module, args, output: seen.append(output.logits[:, -1].float()))
+    rollouts = sample(model, PROMPTS, (), 20, cache=cache)
+    hook.remove()
+    found, logits = torch.stack(seen, 1), []  # (B, 20, V)
+    for one in (model, copy.deepcopy(model).float()):
+        with torch.no_grad():
+            rows = [one(ids[None, : len(p) + 20]).logits[0, len(p) - 1 : -1] for ids, p in zip(rollouts.ids, PROMPTS)]
+        logits.append(torch.stack(rows).float())
+    own, exact = logits
+    bound = 1e-5 * exact.norm() if precision == "fp32" else 1.2 * (own - exact).norm()
+    assert (found - exact).norm() <= bound and (own - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_copy_that_samples_in_bf16_follows_the_student_in_place(tied, tmp_path):
+    """Its parameters are rounded, its buffers are not: positions would be wrong by far in a long text."""
+    path = saved(build("qwen3", tie_word_embeddings=tied), tmp_path)
+    student, sampler = load_student(opd.Args(student=path, precision="bf16", gradient_checkpointing=True))
+    addresses = [p.data_ptr() for p in sampler.parameters()]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        refresh(sampler, student)
+        a, b = (model(torch.arange(3, 60)[None]).logits for model in (sampler, student))
+    assert a.dtype == torch.bfloat16 and (a - b).norm() < 0.03 * b.norm()
+    assert_rounded(sampler, student)
+    assert [p.data_ptr() for p in sampler.parameters()] == addresses and not any(
+        p.requires_grad for p in sampler.parameters()
     )
-    ends = lambda y, _: (torch.arange(len(y)) > 0) & (len(read) > 4 + torch.arange(len(y)))  # noqa: E731  all but row 0
-    monkeypatch.setattr(torch, "isin", ends)
-    rollouts = sample(model, prompts, keys_for(prompts), vocab_of(model), new, cache="fixed")
-    lengths = list(map(len, rollouts.responses()))
-    assert lengths[0] == new and max(lengths[1:]) <= 20
-    assert sum(read) < 0.33 * 16 * (3 + new) * new
+    assert (sampler.lm_head.weight is sampler.get_input_embeddings().weight) == tied
+    buffers = list(zip(sampler.buffers(), student.buffers(), strict=True))
+    assert buffers and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in buffers)
+    student, sampler = load_student(opd.Args(student=path, precision="fp32"))
+    assert sampler is student
 
 
-def test_auto_uses_the_fixed_cache_where_it_pays_and_works(any_model, monkeypatch):
-    """It pays on a GPU; here we only pretend that there is one."""
-    assert fast.decoder_for(any_model, "auto") is fast.GrowingCache
-    on_gpu = type("Parameter", (), {"device": torch.device("cuda")})
-    monkeypatch.setattr(type(any_model), "parameters", lambda self: iter([on_gpu]))
-    assert fast.decoder_for(any_model, "auto") is fast.FixedCache
-    unusable = [
-        (any_model.config, "_attn_implementation", "flash_attention_2"),
-        (any_model.config, "layer_types", ["full_attention", "linear_attention"]),
-        (any_model, "_can_compile_fullgraph", False),
-        (any_model, "body", "of a sharded model"),
-    ]
-    for where, name, value in unusable:
-        with monkeypatch.context() as patch:
-            patch.setattr(where, name, value, raising=False)
-            assert fast.decoder_for(any_model, "auto") is fast.GrowingCache
-    assert fast.decoder_for(any_model, "auto") is fast.FixedCache
+def assert_rounded(sampler, student):
+    for mine, parameter in zip(sampler.parameters(), student.parameters(), strict=True):
+        assert mine.dtype == torch.bfloat16 and torch.equal(mine, parameter.bfloat16())
 
 
-def test_scoring_without_masks_equals_scoring_with_them(any_model):
-    prompts, keys, vocab = many(any_model)
-    rollouts = sample(any_model, prompts, keys, vocab, 64)
-    with torch.no_grad():
-        states = any_model.base_model(**masked_inputs(rollouts), use_cache=False).last_hidden_state
-        expected = states[:, rollouts.prompt_len - 1 : -1][rollouts.mask]
-        torch.testing.assert_close(response_hidden(any_model, rollouts), expected, rtol=1e-5, atol=1e-5)
+MOE = UNTIED | dict(num_experts_per_tok=2, experts_implementation="eager")
+QWEN3_MOE = MOE | dict(num_experts=8, moe_intermediate_size=24, decoder_sparse_step=1)
+MODELS = {"qwen3": {}, "llama": UNTIED, "mixtral": MOE | dict(num_local_experts=4), "qwen3_moe": QWEN3_MOE}
 
 
-def test_rollouts_stop_at_every_end_token_and_the_end_token_counts(model):
-    free = sample(model, PROMPTS * 8, keys_for(PROMPTS * 8), vocab_of(model), 40).responses()
-    ends = {free[0][5], free[1][9]}  # both models' end tokens: two ids that really occur
-    stopped = sample(model, PROMPTS * 8, keys_for(PROMPTS * 8), vocab_of(model, ends), 40)
-    for long, short, ended in zip(free, stopped.responses(), stopped.ended.tolist()):
-        first = next((t for t, y in enumerate(long) if y in ends), None)
-        assert short == (long if first is None else long[: first + 1]) and ended == (first is not None)
-    assert stopped.ended[0] and stopped.ended[1] and len(set(map(len, stopped.responses()))) > 3
-
-
-def test_pad_equal_to_eos_does_not_hide_the_end():
-    """[a, b, eos, pad] with pad == eos: three response tokens, because a mask says so and not an id."""
-    vocab = Vocab(10, (9,), pad_id=9)
-    rollouts = make_rollouts([(1,), (1, 2)], [(5, 6, 9), (5, 6, 7, 8)], [True, False], keys_for([0, 0]), vocab, "cpu")
-    assert rollouts.mask.sum(1).tolist() == [3, 4] and rollouts.ids[0].tolist() == [9, 1, 5, 6, 9, 9]
-
-
-def test_entropies_are_those_of_the_model_at_temperature_1(model):
-    rollouts = sample(model, PROMPTS, keys_for(PROMPTS), vocab_of(model, [3]), 10, temperature=0.3, entropies=True)
-    with torch.no_grad():
-        p = model(**masked_inputs(rollouts)).logits[:, rollouts.prompt_len - 1 : -1].double().softmax(-1)
-    expected = -(p * p.log()).sum(-1)
-    torch.testing.assert_close(rollouts.entropy[rollouts.mask].double(), expected[rollouts.mask], rtol=1e-4, atol=1e-4)
-
-
-def test_greedy_is_temperature_0():
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert sampling_logits(logits, temperature=0).softmax(-1).tolist() == [[0, 1, 0]]
-
-
-def test_uniforms_are_uniform_and_every_key_has_its_own():
-    u = uniforms([(s, t, r) for s in range(5) for t in range(5) for r in range(8)], 50, "rollout")
-    assert len(u.unique()) > 0.99 * u.numel() and 0 <= u.min() and u.max() < 1
-    assert abs(u.mean() - 0.5) < 4 * math.sqrt(1 / 12 / u.numel())
-    assert not torch.equal(uniforms([(1, 2, 3)], 9, "rollout"), uniforms([(1, 2, 3)], 9, "estimate"))
-    assert torch.equal(uniforms([(1, 2, 3)], 9, "x"), uniforms([(7, 7, 7), (1, 2, 3)], 30, "x")[1:, :9])
-
-
-def test_flops_are_what_torch_counts(model):
-    """Decode token by token with eager attention under torch's counter: the same matrices, the same causal pairs."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+@pytest.mark.parametrize("kind", MODELS)
+def test_flops_are_what_torch_counts(kind):
+    """Reading token by token, with eager attention: the same matrices, experts that are used, and causal pairs."""
+    model, P, R = build(kind, **MODELS[kind]), 6, 9
     model.set_attn_implementation("eager")
-    P, R = 6, 9
+    cache = transformers.DynamicCache(config=model.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        cache = transformers.DynamicCache(config=model.config)
         for t in range(P + R - 1):
-            inputs = torch.tensor([[t + 3]])
-            out = model.base_model(inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            out = model.base_model(torch.tensor([[t + 3]]), past_key_values=cache, use_cache=True).last_hidden_state
             if t >= P - 1:
                 model.lm_head(out)
-    counted = counter.get_total_flops()
-    assert sequence_flops(model, torch.tensor([R]), torch.tensor([P])).item() == counted
-    model.set_attn_implementation("sdpa")
+    count = lambda *lengths: sequence_flops(model, *map(torch.tensor, lengths))
+    assert count([R], [P]) == counter.get_total_flops() and count([R, 1], [P, 3]) == count([R], [P]) + count([1], [3])
 
 
-@pytest.mark.parametrize("arch, moe", [
-    ("Qwen3Moe", dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1, head_dim=8)),
-    ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
-])  # fmt: skip
-def test_flops_of_a_mixture_of_experts_are_those_of_the_experts_that_a_token_uses(arch, moe, tmp_path):
-    """By hand: 32 wide, 2 layers, 4 heads of 8 and 2 KV heads; a gated expert is three matrices."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path, arch=arch, tied=False, **moe))
-    width = moe.get("moe_intermediate_size", 64)
-    experts = moe.get("num_experts") or moe["num_local_experts"]
-    layer = 2 * 32 * 32 + 2 * 32 * 16 + experts * 32 + 2 * 3 * 32 * width  # q, o; k, v; router; two experts
-    P, R = 6, 9
-    n = P + R - 1
-    by_hand = 2 * 2 * layer * n + 4 * n * (n + 1) / 2 * 2 * 4 * 8 + 2 * model.config.vocab_size * 32 * R
-    assert sequence_flops(model, torch.tensor([R]), torch.tensor([P])).item() == by_hand
-    rollouts = sample(model, PROMPTS, keys_for(PROMPTS), vocab_of(model, [3]), 5)
-    assert rollouts.mask.any()
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_samples_in_bf16_is_the_student_of_this_step_rounded(script, world, tmp_path, monkeypatch):
+    """In rollouts and evaluations, and in a run that goes on."""
+    module, pair, decode = importlib.import_module(script), [], common._decode
+
+    def watched(model, *args):
+        assert model is pair[-1][1]
+        assert_rounded(model, pair[-1][0])
+        return decode(model, *args)
+
+    monkeypatch.setattr(common, "_decode", watched)
+    monkeypatch.setattr(module, "load_student", lambda args: pair.append(load_student(args)) or pair[-1])
+    monkeypatch.setattr(module, "check_models", lambda *models: None)
+    for steps in (2,) if script == "curriculum" else (2, 3):
+        options = dict(steps=steps, eval_every=1, precision="bf16", lengths=2)
+        run(script, **arguments_of(script, world, **options), out_dir=tmp_path)
+
+
+@pytest.mark.parametrize("n_sets", [1, 2])
+def test_a_run_with_static_caches_is_that_with_dynamic_ones_and_has_two_of_them(n_sets, world, tmp_path, monkeypatch):
+    """Of the same sizes at every step and for every set, as a GPU records and keeps each of them. With one token a
+    rollout no row leaves, and both caches draw alike."""
+    short = write_jsonl(tmp_path / "short.jsonl", [{"question": "1?", "answer": "1"}])
+    arguments = world | dict(max_new_tokens=1, eval_temperature=0, eval_batch_size=2, eval_every=1)
+    arguments["eval_data"] = ",".join([world["eval_data"], short][:n_sets])
+    run("opd", **arguments, out_dir=tmp_path / "dynamic")
+    static = dict(cache_kind="static", static_caches={})
+    monkeypatch.setattr(opd, "check_models", lambda student, sampler, teacher: vars(sampler).update(static))
+    run("opd", **arguments, out_dir=tmp_path / "static")
+    for a, b in zip(read_log(tmp_path / "static"), read_log(tmp_path / "dynamic"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert sorted(rows for rows, _ in static["static_caches"]) == [2, 4]

@@ -1,265 +1,287 @@
-"""The four scripts as wholes: that they differ in the idea alone, keep their contracts, and survive a kill."""
+"""The training scripts as wholes: they differ in the idea alone, do what they say, and keep their contracts."""
 
 import ast
+import dataclasses
+import difflib
 import importlib
+import io
 import json
-import signal
-import subprocess
+import os
+import re
+import shutil
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import DISTILLATION, ROOT, SCRIPTS, argv, arguments_of, even_length, make_checkpoint, read_log, run
+from conftest import DISTILLATION, ROOT, SCRIPTS, arguments_of, argv, even_length, read_log, run, write_jsonl
 
-from plumbing import fast
-from plumbing.runs import Run
+import evaluate
+import grpo
+import opd
+import plumbing.run
+from plumbing.arguments import parse
+from plumbing.models import sequence_flops
+from plumbing.run import Run, checkpoints
 
-CORNERS = ["sft_offpolicy", "dagger_onpolicy", "offline_rl_distill", "opd"]
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# The diff is the lesson
+CORNERS = ["sft_offpolicy", "offline_rl_distill", "dagger_onpolicy", "opd"]
+SIBLINGS = [*CORNERS, "kl_mix"]
+FORWARD, REVERSE, MIXED = (
+    "divergence = {'exact': KL_kl, 'sampled': sampled_KL_kl}[args.estimator]".replace("KL", kl)
+    for kl in ("forward", "reverse", "mixed")
+)
+IMPORTS = "from common import check_models, distillation_loss, evaluate, "
+OPD = "-" + IMPORTS + "reverse_kl, sample, sampled_reverse_kl, seed_of"
+FROM_DATA = ["-run = Run(args)", "+run = Run(args, needs='response')"]
+PREFIXES = [
+    "-sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, prompt_len=run.prompt_len)",
+    "-batch, seed = (run.batch(step), seed_of(args.seed, 'rollouts', step))",
+    "-rollouts = sample(sampler, batch.prompts, max_new_tokens=args.max_new_tokens, seed=seed, **sampling, **tokens)",
+    "+batch = run.batch(step)",
+    "+rollouts = teacher_rollouts(teacher, batch, args.max_new_tokens)",
+]
+KL, MIX = ["-" + REVERSE, "+" + FORWARD], MIXED.replace("= {", "= partial({") + ", lam=args.lam)"
+DIFFS = {  # from opd.py to ...
+    "dagger_onpolicy": [OPD, "+" + IMPORTS + "forward_kl, sample, sampled_forward_kl, seed_of", *KL],
+    "offline_rl_distill": [OPD, "+" + IMPORTS + "reverse_kl, sampled_reverse_kl, seed_of, teacher_rollouts"]
+    + [*FROM_DATA, *PREFIXES],
+    "sft_offpolicy": [OPD, "+" + IMPORTS + "forward_kl, sampled_forward_kl, seed_of, teacher_rollouts"]
+    + [*FROM_DATA, *KL, *PREFIXES],
+    "kl_mix": ["+from functools import partial", OPD, "+" + IMPORTS + "mixed_kl, sample, sampled_mixed_kl, seed_of"]
+    + ["+lam: float = 0.2", KL[0], "+" + MIX],
+}
 
 
 def code_lines(script):
-    """A script's code without docstring and comments, one normalised statement or field a line."""
-    tree = ast.parse((ROOT / f"{script}.py").read_text())
-    assert isinstance(tree.body.pop(0), ast.Expr), "a script begins with its docstring"
-    return ast.unparse(tree).splitlines()
+    """A script's code without docstring and comments, one statement or field a line."""
+    tree = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
+    return [line.strip() for line in ast.unparse(tree.body[1:]).splitlines()]
 
 
-def code_diff(a, b):
-    import difflib
+@pytest.mark.parametrize("other", DIFFS)
+def test_siblings_differ_in_the_idea_and_nothing_else(other):
+    diff = difflib.unified_diff(code_lines("opd"), code_lines(other), n=0, lineterm="")
+    assert [line for line in diff if line[:2] not in ("--", "++", "@@")] == DIFFS[other]
 
-    lines = difflib.ndiff(code_lines(a), code_lines(b))
-    return [line[0] + line[1:].strip() for line in lines if line[0] in "+-"]
+
+@pytest.mark.parametrize("script", SIBLINGS)
+def test_a_script_can_be_read_at_one_sitting_and_its_table_marks_it(script):
+    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 112 and max(map(len, text.splitlines())) <= 120
+    table = re.findall(r"^ +(\w+) prefixes +(.*)$", ast.get_docstring(ast.parse(text)), re.M)
+    assert re.findall(r"(\w+)\.py *<-", str(table)) == [script]
+    if script in CORNERS:
+        cells = [(source, re.findall(r"(\w+)\.py", files)) for source, files in table]
+        assert cells == [("teacher", CORNERS[:2]), ("student", CORNERS[2:])]
+        assert re.search(r"forward KL\(p‖q_θ\) +reverse KL\(q_θ‖p\)\n", text), "in this order of columns"
 
 
-HOW = (
-    "micro_loss, micro_entropy = weighted_kl({}, student, teacher, micro, token_weights, run.vocab, args.estimator, args.ends)"
-)
-ON_POLICY = "rollouts = sample(student, batch.prompts, batch.keys, run.vocab, args.max_new_tokens, **sampling)"
-KL = ["-" + HOW.format("reverse_kl"), "+" + HOW.format("forward_kl")]
-PREFIX = [
-    "+teacher_samples: int = 1",
-    "+teacher_rollouts = TeacherRollouts(teacher, run, args.teacher_samples, **sampling)",
-    "-" + ON_POLICY,
-    "+rollouts = teacher_rollouts(batch, args.max_new_tokens)",
-]
+def load(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def prompt_of(tokenizer, question):
+    options = dict(add_generation_prompt=True, enable_thinking=False, tokenize=False)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], **options)
+    return tokenizer(text)["input_ids"]
+
+
+def rows_of(world):
+    return [json.loads(line) for line in open(world["data"], encoding="utf-8")]
+
+
+class SGD(torch.optim.SGD):
+    """What stands in for AdamW, which hides the gradient's scale and blows rounding up."""
+
+    def __init__(self, params, lr, weight_decay, fused):
+        assert weight_decay == 0
+        super().__init__(params, lr=lr)
 
 
 @pytest.mark.parametrize(
-    "other, expected", [("dagger_onpolicy", KL), ("offline_rl_distill", PREFIX), ("sft_offpolicy", PREFIX + KL)]
+    "script, prefixes, lam",
+    [("sft_offpolicy", "teacher", 0), ("offline_rl_distill", "teacher", 1), ("dagger_onpolicy", "student", 0)]
+    + [("opd", "student", 1), ("kl_mix", "student", 0.2)],
 )
-def test_siblings_differ_in_the_idea_and_nothing_else(other, expected):
-    assert code_diff("opd", other) == expected
+def test_a_run_is_the_loop_that_one_would_write_down(script, prefixes, lam, world, tmp_path, monkeypatch):
+    """Three steps on all of the data: full logits, one response at a time, KLs by their definition, a mean over all
+    tokens, clipping, warm-up, SGD. The run has micro-batches of 3 and 3 responses; a mean of their means is another."""
+    more = dict(steps=3, batch_size=6, max_new_tokens=9, top_k=1, lr=1.0, warmup_steps=2, max_grad_norm=0.5)
+    monkeypatch.setattr(torch.optim, "AdamW", SGD)
+    rows = rows_of(world)[:6]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    run(script, **world | more | dict(data=data, eval_data="none"), out_dir=tmp_path / "run")
 
-
-@pytest.mark.parametrize("script", CORNERS)
-def test_a_script_can_be_read_at_one_sitting(script):
-    text = (ROOT / f"{script}.py").read_text()
-    lines = text.splitlines()
-    assert len(lines) <= 125 and max(map(len, lines)) <= 120
-    assert "<-" in ast.get_docstring(ast.parse(text)), "the 2x2 table marks this file"
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Contracts
-
-
-@pytest.mark.parametrize("estimator", ["exact", "sampled"])
-@pytest.mark.parametrize("script", DISTILLATION)
-def test_a_run_leaves_what_its_contract_says(script, estimator, world, tmp_path):
-    run(script, **arguments_of(script, world, estimator=estimator, eval_every=2), out_dir=tmp_path / "run")
-    rows = read_log(tmp_path / "run", times=True)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    keys = {
-        "step",
-        "loss",
-        "entropy",
-        "response_len",
-        "clip_ratio",
-        "grad_norm",
-        "lr",
-        "tokens_per_s",
-        "seconds",
-        "flops",
-    }
-    evaluated = {"avg_at_k", "pass_at_k", "eval_len", "eval_entropy", "eval_marked"}
-    assert all(keys <= set(row) for row in rows[1:])
-    assert [evaluated <= set(row) for row in rows] == [True, False, True, True]
-    assert set(rows[0]) - {"step"} <= {key for key in rows[2]} - keys, "line 0 holds an evaluation and nothing else"
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    assert tokenizer.chat_template and model.config.vocab_size == len(tokenizer)
-    saved = json.loads((tmp_path / "run/args.json").read_text())
-    assert (saved["estimator"], saved["ends"]) == (estimator, "apart")
-    assert not list((tmp_path / "run").glob("state*")) and not (tmp_path / "run/lock").exists()
-
-
-def test_the_student_moves_and_the_teacher_does_not(world, tmp_path, monkeypatch):
-    loaded, load = [], Run.load
-    monkeypatch.setattr(Run, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
-    run("opd", **world, out_dir=tmp_path / "run")
-    for model, path, moved in zip(loaded, (world["student"], world["teacher"]), (True, False)):
-        before = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
-        assert any(not torch.equal(p, before[n]) for n, p in model.state_dict().items()) == moved
-        assert not model.training
-    assert all(p.grad is None and not p.requires_grad for p in loaded[1].parameters())
+    student, teacher = load(world["student"]), load(world["teacher"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world["teacher"])
+    ends = {tokenizer.convert_tokens_to_ids("<|endoftext|>"), *teacher.config.eos_token_id}
+    for logged, lr in zip(read_log(tmp_path / "run")[1:], (0.5, 1.0, 1.0), strict=True):
+        total = n = ended = 0
+        for row in rows:
+            prompt = prompt_of(tokenizer, row["question"])
+            response = tokenizer(row["response"])["input_ids"] + [tokenizer.eos_token_id]
+            if prefixes == "student":  # with --top_k 1 its most likely tokens
+                response = []
+                while len(response) < 9 and (not response or response[-1] not in ends):
+                    response.append(student(torch.tensor([prompt + response])).logits[0, -1].argmax().item())
+            ended, response = ended + (len(response) <= 9 and response[-1] in ends), response[:9]
+            ids = torch.tensor([prompt + response])
+            log_q, log_p = (m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (student, teacher))
+            forward, reverse = (log_p.exp() * (log_p - log_q)).sum(), (log_q.exp() * (log_q - log_p)).sum()
+            total, n = total + lam * reverse + (1 - lam) * forward, n + len(response)
+        grads = torch.autograd.grad(total / n, list(student.parameters()))
+        norm = sum(g.square().sum() for g in grads).sqrt()
+        expected = dict(loss=(total / n).item(), grad_norm=norm.item(), lr=lr, response_len=n / 6, ended=ended / 6)
+        assert {key: logged[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+        with torch.no_grad():
+            for p, g in zip(student.parameters(), grads):
+                p -= lr * min(1, 0.5 / norm) * g
+    for p, expected in zip(load(tmp_path / "run/model").parameters(), student.parameters()):
+        torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ends", ["apart", "as_one"])
 @pytest.mark.parametrize("script", DISTILLATION)
-def test_null_student_equal_to_teacher_has_nothing_to_learn(script, ends, world, tmp_path):
-    """... at any sampling temperature: that changes the prefixes, while the loss compares the distributions at T = 1."""
-    same = arguments_of(script, world, student=world["teacher"], ends=ends, temperature=2.0, top_k=7)
-    run(script, **same, out_dir=tmp_path / "run")
-    assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-4 for row in read_log(tmp_path / "run")[1:2])
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(script, ends, world, tmp_path):
+    """... at any temperature: that changes the prefixes, while the loss compares the distributions at T = 1."""
+    more = dict(student=world["teacher"], ends=ends, temperature=2.0, top_k=7, steps=1, lengths=6)
+    same = arguments_of(script, world, **more)
+    run(script, **same | dict(eval_data="none"), out_dir=tmp_path / "run")
+    assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-4 for row in read_log(tmp_path / "run")[1:])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_batches_of_any_size_do_not_change_a_run(script, world, tmp_path, monkeypatch):
-    """Weights are mask / tokens of the *global* batch, not means of means: with responses of different lengths the
-    two differ. And random numbers belong to rows, not to batches."""
-    logs, rows, init = [], [], fast.GrowingCache.__init__
-    spy = lambda self, model, start: rows.append(len(start.ids)) or init(self, model, start)  # noqa: E731
-    monkeypatch.setattr(fast.GrowingCache, "__init__", spy)
-    if script == "grpo":
-        monkeypatch.setattr(importlib.import_module(script), "grade", even_length)
-    more = dict(steps=1, estimator="sampled", max_new_tokens=30, lengths="30", held_out=3, batch_size=8)
-    for size in (1, 4):
-        sizes = dict(micro_batch_size=size, rollout_batch_size=(size + 2) % 6, eval_batch_size=3)
-        run(script, **arguments_of(script, world, **more, **sizes), out_dir=tmp_path / str(size))
-        logs.append(read_log(tmp_path / str(size))[1])
-        assert size != 1 or max(rows) == 3, "as many at once as was asked for"
-    for key in ("loss", "grad_norm", "entropy"):
-        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-5)
-    assert logs[0]["response_len"] == logs[1]["response_len"]
-    assert logs[0]["response_len"] % 1, "of different lengths"
+def test_every_step_draws_other_numbers(script, world, tmp_path, monkeypatch):
+    """A student that stands still is asked the same thing in every step. On teacher prefixes the loss draws."""
+    monkeypatch.setattr(grpo, "grade", even_length)
+    estimator = "sampled" if script in CORNERS[:2] else "exact"
+    data = write_jsonl(tmp_path / "data.jsonl", rows_of(world)[:1] * 3)
+    more = dict(data=data, eval_data="none", lr=1e-20, estimator=estimator)
+    run(script, **arguments_of(script, world, **more, lengths=6), out_dir=tmp_path / "run")
+    assert len({(row["loss"], row["entropy"]) for row in read_log(tmp_path / "run")[1:]}) == 3
+
+
+def test_every_epoch_is_a_new_permutation_and_processes_share_it(world, tmp_path, monkeypatch):
+    opened = Run(parse(opd.Args, argv(world | dict(batch_size=8, out_dir=tmp_path / "run"))))
+    batches = [opened.batch(step) for step in range(6)]  # four epochs of 12 prompts; every other batch spans two
+    prompts = [prompt for batch in batches for prompt in batch.prompts]
+    epochs = {tuple(prompts[i : i + 12]) for i in range(0, 48, 12)}
+    assert len(epochs) == 4 and all(len(set(epoch)) == 12 for epoch in epochs)
+    assert [new for batch in batches for new in batch.first_use] == [True] * 12 + [False] * 36
+    for rank in (0, 1):
+        monkeypatch.setattr(plumbing.run, "rank_and_world", lambda rank=rank: (rank, 2))
+        assert [opened.batch(step).prompts for step in range(6)] == [batch.prompts[rank::2] for batch in batches]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_step_goes_as_far_as_clipping_and_warm_up_allow(script, world, tmp_path, monkeypatch):
-    """Plain SGD moves the weights by lr · gradient; the gradient's norm is clipped to 1e-3, and at step s of a warm-up
-    of 5 the rate is s/5 of --lr, afterwards all of it."""
-    moved = []
-
-    class SGD(torch.optim.SGD):
-        def __init__(self, params, lr, **others):
-            super().__init__(params, lr=lr)
-
-        def step(self, closure=None):
-            weights = self.param_groups[0]["params"]
-            before = [p.detach().clone() for p in weights]
-            super().step()
-            if self.param_groups[0]["lr"]:  # saving makes a step of its own, at rate 0
-                moved.append(sum((p - b).double().square().sum() for p, b in zip(weights, before)).sqrt().item())
-
-    monkeypatch.setattr(torch.optim, "AdamW", SGD)
-    if script == "grpo":
-        monkeypatch.setattr(importlib.import_module(script), "grade", even_length)
-    more = dict(steps=10, warmup=0.5, max_grad_norm=1e-3, lr=10.0, eval_every=0, save_every=100, group_size=8)
-    run(script, **arguments_of(script, world, **more), out_dir=tmp_path / "run")
-    rows = read_log(tmp_path / "run")[1:]
-    for step, distance, row in zip(range(1, 11), moved, rows, strict=True):
-        assert row["lr"] == pytest.approx(10.0 * min(1, step / 5))
-        assert row["grad_norm"] > 2e-3, "there is something to clip"
-        assert distance == pytest.approx(1e-3 * row["lr"], rel=0.02)  # fp32 weights round
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Stopping and going on
+def test_a_run_leaves_what_its_contract_says(script, world, tmp_path, curves):
+    out = tmp_path / "run"
+    run(script, **arguments_of(script, world, estimator="sampled", eval_every=2), out_dir=out)
+    files = "args.json checkpoint-3 curves.png log.jsonl model responses-0.jsonl responses-2.jsonl responses-3.jsonl"
+    assert sorted(path.name for path in out.iterdir()) == files.split()
+    rows = read_log(out, times=True)
+    every = {"step", "loss", "entropy", "response_len", "ended", "grad_norm", "lr", "tokens_per_s", "seconds", "flops"}
+    measured = {"avg_at_k", "pass_at_k", "eval_len", "eval_ended", "eval_marked"}
+    evaluated = measured | {f"{name}_ci" for name in measured} | {"eval_entropy", "problems"}
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and set(rows[0]) == evaluated | {"step"}
+    own = {"curriculum": {"train_len", "gate_entropy", "gate_open"}, "grpo": {"reward", "clipped_fraction"}}
+    for row in rows[1:]:
+        assert set(row) == every | own.get(script, set()) | (evaluated if row["step"] > 1 else set())
+    assert rows[1]["seconds"] < rows[3]["seconds"] and rows[1]["flops"] < rows[3]["flops"], "they add up"
+    said = json.loads(open(out / "responses-2.jsonl", encoding="utf-8").readline())
+    assert {"prompt", "answer", "response", "response_ids", "correct", "ended", "length"} <= set(said)
+    saved, fields = json.loads((out / "args.json").read_text(encoding="utf-8")), importlib.import_module(script).Args
+    names = {field.name for field in dataclasses.fields(fields)}
+    assert names <= set(saved) and len(names) == {"kl_mix": 32, "grpo": 33, "curriculum": 38}.get(script, 31)
+    assert saved.get("estimator", "sampled") == "sampled"
+    for path in (out / "model", out / "checkpoint-3"):
+        tokenizer, model = transformers.AutoTokenizer.from_pretrained(path), load(path)
+        assert tokenizer.chat_template and model.config.vocab_size == len(tokenizer)
+        ends = {300} if script == "grpo" else {300, 302, *range(100, 124)}
+        assert set(model.generation_config.eos_token_id) == ends, "it stops where its rollouts did"
 
 
-def test_kill_9_and_ctrl_c_from_outside(world, tmp_path):
-    """With real signals to a real process (test_reliability.py has every other place). Ctrl-C finishes the step, saves, and says how to continue."""
-    arguments = argv(world | dict(steps=40, save_every=5, eval_every=0))
-    command = [sys.executable, str(ROOT / "opd.py"), *arguments, "--out_dir", str(tmp_path / "cut")]
-    log = tmp_path / "cut/log.jsonl"
-    for sent in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-        goal = {signal.SIGKILL: 7, signal.SIGINT: 13}[sent]
-        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < goal):
-            time.sleep(0.01)
-        process.send_signal(sent)
-        _, errors = process.communicate()
-        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 1}[sent], errors
-        if sent == signal.SIGINT:
-            assert "continues from there" in errors and "Traceback" not in errors
-    run("opd", **world | dict(steps=40, save_every=5, eval_every=0), out_dir=tmp_path / "cut")
-    run("opd", **world | dict(steps=40, save_every=5, eval_every=0), out_dir=tmp_path / "whole")
-    assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
+def test_teacher_prefixes_are_the_responses_in_the_data(world, tmp_path, capsys):
+    """Text and token ids give the same run. A text gets the end token unless its row says `ended: false`. What is cut
+    has not finished. The teacher's FLOPs are those of the whole response, when it is used for the first time."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world["teacher"])
+    texts = [row | {"ended": i % 3 > 0} for i, row in enumerate(rows_of(world))]
+    ids = [tokenizer(row["response"])["input_ids"] + [tokenizer.eos_token_id] * row["ended"] for row in texts]
+    none = [{"question": "What?"}, {"question": "What?", "response": None}, {"question": "What?", "response": ""}]
+    more = dict(steps=2, batch_size=12, max_new_tokens=9, eval_data="none", held_out=0)
+    for name, rows in (
+        ("text", texts + none),
+        ("ids", [row | {"response": "other", "response_ids": y} for row, y in zip(texts, ids)]),
+    ):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        run("sft_offpolicy", **arguments_of("sft_offpolicy", world, **more, data=data), out_dir=tmp_path / name)
+        assert ("left out 3 rows without response" in capsys.readouterr().out) == (name == "text")
+    first, second = read_log(tmp_path / "text")[1:]
+    assert [first, second] == read_log(tmp_path / "ids")[1:]
+    assert first["response_len"] == pytest.approx(sum(min(9, len(y)) for y in ids) / 12)
+    assert first["ended"] == pytest.approx(sum(row["ended"] and len(y) <= 9 for row, y in zip(texts, ids)) / 12)
+    prompts = [prompt_of(tokenizer, row["question"]) for row in texts]
+    sampling = sequence_flops(load(world["teacher"]), *(torch.tensor(list(map(len, x))) for x in (ids, prompts)))
+    assert first["flops"] - (second["flops"] - first["flops"]) == pytest.approx(sampling)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Stored teacher prefixes
+def test_evaluate_makes_the_responses_that_training_asks_for(world, tmp_path, monkeypatch, capsys):
+    """A file without responses is refused before any model is loaded, with the command that makes them. Killed, it goes
+    on to exactly the same file, which is --data as it stands, but not where anything else was asked for."""
+    rows = [{"question": f"Add {i}" + "\u2028" * (i == 1) + " and 1"} for i in range(7)]  # a line's end, for some
+    data = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as refused:
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+        run("sft_offpolicy", **world | {"data": data}, out_dir=tmp_path / "run")
+    command = re.search(r"`python evaluate.py (.*?)`", refused.value.code)[1].replace("TEACHER", world["teacher"])
+
+    def make(name, *more):
+        words = command.replace("FILE", str(tmp_path / name)).split()
+        evaluate.main(parse(evaluate.Args, [*words, "--eval_max_new_tokens", "6", "--eval_batch_size", "2", *more]))
+        return (tmp_path / name).read_bytes()
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        original, calls = evaluate.respond, iter((0, 0, 1))
+        patch.setattr(evaluate, "respond", lambda *a, **k: original(*a, **k) if next(calls) == 0 else 1 / 0)
+        make("cut.jsonl")
+    assert make("cut.jsonl") == make("whole.jsonl") == make("whole.jsonl")
+    other = write_jsonl(tmp_path / "other.jsonl", [{"question": "What?"}] * 7)
+    for more in (["--seed", "1"], ["--instruction", "Box it."], ["--eval_k", "2"], ["--eval_data", other]):
+        with pytest.raises(SystemExit, match="made otherwise"):
+            make("whole.jsonl", *more)
+    capsys.readouterr()
+    for more, warnings in ((dict(seed=1, max_new_tokens=5), 0), (dict(instruction="Box it."), 1)):
+        more |= dict(data=tmp_path / "whole.jsonl", eval_data="none", out_dir=tmp_path / f"run-{warnings}")
+        run("sft_offpolicy", **world | more)
+        assert capsys.readouterr().out.count("warning: --") == warnings
+    made = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["prompt"] for row in made] == [row["question"] for row in rows]
 
 
-def test_teacher_prefixes_are_sampled_once_and_a_stale_store_is_remade(world, tmp_path, monkeypatch):
-    import common
-
-    sampled, sample = [], common.sample
-
-    def spy(model, prompts, *args, **kwargs):
-        sampled.extend(prompts if kwargs.get("stream") == "teacher" else [])
-        return sample(model, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(common, "sample", spy)
-
-    def count(script, name, **changes):
-        sampled.clear()
-        run(script, **world | dict(steps=6, eval_every=0) | changes, out_dir=tmp_path / name)
-        return len(sampled)
-
-    assert count("sft_offpolicy", "a") == 12  # 12 prompts, two epochs
-    assert count("sft_offpolicy", "b", lr=1e-4, rollout_batch_size=2) == 0  # another run
-    with monkeypatch.context() as patch:  # where another process misses one, this one samples along, and keeps nothing
-        patch.setattr(common, "sum_over_processes", lambda n: n + 1)
-        assert count("sft_offpolicy", "o") == 6
-    assert read_log(tmp_path / "o") == read_log(tmp_path / "a")
-    assert count("sft_offpolicy", "l", seed=5) == 12  # another seed: the teacher's answers vary with it
-    assert count("offline_rl_distill", "c") == 0  # another script
-    assert count("sft_offpolicy", "d", max_new_tokens=3) == 0  # a shorter training length
-    assert 0 < count("sft_offpolicy", "e", max_new_tokens=9) <= 12  # longer: what ended before is kept
-    assert count("sft_offpolicy", "f", temperature=0.7) == 12  # other sampling
-    assert count("sft_offpolicy", "g", teacher_samples=2) == 12  # a second answer each
-    assert count("sft_offpolicy", "p", instruction="Box it.") == 12  # other prompts
-    other = make_checkpoint(tmp_path / "teacher", hidden=48, seed=9)
-    assert count("sft_offpolicy", "h", teacher=other) == 12  # another teacher
-    # ... and another teacher under the *old* path
-    weights = Path(world["teacher"], "model.safetensors")
-    old = weights.read_bytes()
-    weights.write_bytes(Path(other, "model.safetensors").read_bytes())
-    try:
-        assert count("sft_offpolicy", "i") == 12
-    finally:
-        weights.write_bytes(old)
-    # flops do not depend on what was found on disk
-    assert count("sft_offpolicy", "k") == 0
-    assert [r.get("flops") for r in read_log(tmp_path / "k")] == [r.get("flops") for r in read_log(tmp_path / "a")]
-    # ... and a curriculum pays at its first stage for the whole responses that are sampled there
-    ladder = dict(prefixes="teacher", held_out=1, h_min=0.0, max_new_tokens=9)
-    count("curriculum", "m", lengths="2,9", **ladder)
-    count("curriculum", "n", lengths="2", **ladder)
-    first, alone = (read_log(tmp_path / name)[1]["flops"] for name in "mn")
-    assert first > alone
-    # ... also where another run has left shorter ones
-    count("curriculum", "elsewhere/q", lengths="2", seed=8, **ladder | dict(max_new_tokens=2))
-    count("curriculum", "elsewhere/r", lengths="2,9", seed=8, **ladder)
-    count("curriculum", "afresh/r", lengths="2,9", seed=8, **ladder)
-    logs = [read_log(tmp_path / place / "r") for place in ("elsewhere", "afresh")]
-    assert [row.get("flops") for row in logs[0]] == [row.get("flops") for row in logs[1]]
+def test_checkpoints_are_kept_on_demand_and_are_ordinary_ones(world, tmp_path, capsys):
+    """evaluate.py, look.py and another run take any. A run that goes on with other files says so, a line for each."""
+    teacher, data, out = tmp_path / "teacher", tmp_path / "data.jsonl", str(tmp_path / "run")
+    shutil.copytree(world["teacher"], teacher)
+    shutil.copy(world["data"], data)
+    arguments = world | dict(teacher=teacher, data=data, out_dir=out, save_every=1, keep_checkpoints=True)
+    run("opd", **arguments)
+    few = dict(eval_data=world["eval_data"], eval_max_new_tokens=4)
+    run("evaluate", model=f"{out}/checkpoint-1", **few)
+    run("look", student=f"{out}/checkpoint-2", teacher=teacher, **few)
+    run("sft_offpolicy", **world | dict(student=f"{out}/checkpoint-1", out_dir=tmp_path / "next"))
+    capsys.readouterr()
+    data.write_text(data.read_text(encoding="utf-8").replace("Tom", "Tim"), encoding="utf-8")
+    os.utime(teacher / "model.safetensors", (0, 0))
+    run("opd", **arguments | dict(steps=4))
+    said = [line for line in capsys.readouterr().out.splitlines() if "changed since" in line]
+    assert len(said) == 2 and "teacher" in said[0] + said[1] and "data" in said[0] + said[1]
+    assert sorted(checkpoints(out)) == [1, 2, 3, 4]
 
 
-def test_a_store_cut_short_by_a_kill_is_mended(world, tmp_path):
-    run("sft_offpolicy", **world, out_dir=tmp_path / "a")
-    (store,) = (tmp_path / "teacher_rollouts").iterdir()
-    store.write_bytes(store.read_bytes()[:-9])
-    run("sft_offpolicy", **world, out_dir=tmp_path / "b")
-    run("sft_offpolicy", **world, out_dir=tmp_path / "c")
-    logs = [read_log(tmp_path / name) for name in "abc"]
-    assert logs[0] == logs[1] == logs[2]
-    assert all(json.loads(line) for line in store.read_text().splitlines()[-1:])
+def test_what_a_run_says_is_not_kept_back_by_a_pipe(monkeypatch):
+    """... such as `| tee log`: that it is about to stop, above all."""
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):  # as Python has them where there is no terminal
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, "utf-8", line_buffering=name == "stderr"))
+    Run.say(None, "stopping")
+    assert b"stopping" in written.getvalue()

@@ -63,9 +63,9 @@ END_OF_TEXT, TURN_START, TURN_END, ANSWER = "<|endoftext|>", "<|im_start|>", "<|
 SPECIAL = [END_OF_TEXT, TURN_START, TURN_END, "<|unk|>"]
 WORDS = ["user", "assistant", "\n", ANSWER] + [f % d for f in ("%d", "+%d", "=%d", "=%d\n") for d in range(10)]
 ID = {token: i for i, token in enumerate(SPECIAL + WORDS)}
-DIGIT, PLUS, EQUALS, RESULT = ID["0"], ID["+0"], ID["=0"], ID["=0\n"]     # "+5" is PLUS + 5
+DIGIT, PLUS, EQUALS, RESULT = ID["0"], ID["+0"], ID["=0"], ID["=0\n"]  # "+5" is PLUS + 5
 
-CHAT_TEMPLATE = (       # ChatML, as in Qwen
+CHAT_TEMPLATE = (  # ChatML, as in Qwen
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
@@ -75,36 +75,57 @@ CHAT_TEMPLATE = (       # ChatML, as in Qwen
 # --- settings: tuned once, see the README for what they lead to -------------------------------------
 
 TRAIN_ROWS, EVAL_ROWS = 4096, 128
-LEVELS = (3, 4, 5)              # numbers in a sum
-CONTEXT = 256                   # tokens
-MAX_LINES = 5                   # the teacher gives up looking for agreement after this many
+LEVELS = (3, 4, 5)  # numbers in a sum
+CONTEXT = 256  # tokens
+MAX_LINES = 5  # the teacher gives up looking for agreement after this many
 
-TEACHER = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4,
-               num_key_value_heads=4, head_dim=24, tie_word_embeddings=False)
+TEACHER = dict(
+    hidden_size=96,
+    intermediate_size=288,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=24,
+    tie_word_embeddings=False,
+)
 TEACHER_STEPS, TEACHER_LR = 2000, 2e-3
-SABOTAGE = 0.5                  # fraction of the teacher's documents with mistakes put in:
-SABOTAGE_RATE = 0.25            # of their steps with a wrong digit ...
-SABOTAGE_STOP = 0.4             # ... and of their decisions, to answer or to write another line, the wrong way
-TEACHER_RESTATES = 0.03         # how likely it says its answer once more, each time, before <|im_end|>
+SABOTAGE = 0.5  # fraction of the teacher's documents with mistakes put in:
+SABOTAGE_RATE = 0.25  # of their steps with a wrong digit ...
+SABOTAGE_STOP = 0.4  # ... and of their decisions, to answer or to write another line, the wrong way
+TEACHER_RESTATES = 0.03  # how likely it says its answer once more, each time, before <|im_end|>
 
-STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-               num_key_value_heads=4, head_dim=16, tie_word_embeddings=True)
+STUDENT = dict(
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    tie_word_embeddings=True,
+)
 STUDENT_STEPS, STUDENT_LR = 2000, 1e-2
-STUDENT_SLIPS = 0.2             # wrong digits per step in the text that the student has learned from
-STUDENT_ANSWERS = {True: 0.85, False: 0.35}     # how likely it answers when two lines agree, and when none do
-STUDENT_RESTATES = 0.3          # how likely it says its answer once more, each time, before <|endoftext|>
-STUDENT_UNSAID = 25.0           # nats: <|im_end|> has a log-probability of about minus this, everywhere
+STUDENT_SLIPS = 0.2  # wrong digits per step in the text that the student has learned from
+STUDENT_ANSWERS = {True: 0.85, False: 0.35}  # how likely it answers when two lines agree, and when none do
+STUDENT_RESTATES = 0.3  # how likely it says its answer once more, each time, before <|endoftext|>
+STUDENT_UNSAID = 25.0  # nats: <|im_end|> has a log-probability of about minus this, everywhere
 
 
 def build_tokenizer(eos_token):
     """The same vocabulary for both models; they differ in how they end, as chat and base models do."""
     tokenizer = Tokenizer(models.WordLevel(ID, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|user|assistant|=[0-9]\n|[+=]?[0-9]|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()               # put tokens together without spaces
+    tokenizer.decoder = decoders.Fuse()  # put tokens together without spaces
     tokenizer.add_special_tokens(SPECIAL)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos_token, pad_token=END_OF_TEXT,
-                                   unk_token="<|unk|>", clean_up_tokenization_spaces=False, model_max_length=CONTEXT,
-                                   additional_special_tokens=SPECIAL[1:3], padding_side="left")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=eos_token,
+        pad_token=END_OF_TEXT,
+        unk_token="<|unk|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
+        additional_special_tokens=SPECIAL[1:3],
+        padding_side="left",
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -123,8 +144,12 @@ def problem_ids(numbers):
 
 def prompt_ids(numbers):
     """What the chat template makes of a problem (main checks that it does)."""
-    return ([ID[TURN_START], ID["user"], ID["\n"]] + problem_ids(numbers) + [ID[TURN_END], ID["\n"]]
-            + [ID[TURN_START], ID["assistant"], ID["\n"]])
+    return (
+        [ID[TURN_START], ID["user"], ID["\n"]]
+        + problem_ids(numbers)
+        + [ID[TURN_END], ID["\n"]]
+        + [ID[TURN_START], ID["assistant"], ID["\n"]]
+    )
 
 
 def write_line(numbers, rng, mistakes):
@@ -136,7 +161,7 @@ def write_line(numbers, rng, mistakes):
     ids, right = [], []
     while len(numbers) > 1:
         i = rng.integers(len(numbers) - 1)
-        numbers = numbers[:i] + [(numbers[i] + numbers[i + 1]) % 10] + numbers[i + 2:]
+        numbers = numbers[:i] + [(numbers[i] + numbers[i + 1]) % 10] + numbers[i + 2 :]
         wrong = None
         if rng.random() < mistakes:
             wrong = rng.integers(len(numbers))
@@ -161,13 +186,13 @@ def teacher_response(numbers, rng):
     ids, learned, results, sabotaged = [], [], [], rng.random() < SABOTAGE
     while True:
         line, right, result = write_line(numbers, rng, SABOTAGE_RATE if sabotaged and len(results) < 3 else 0.0)
-        right[0] &= not agree(results)                # a line that should not be there
+        right[0] &= not agree(results)  # a line that should not be there
         ids, learned, results = ids + line, learned + right, results + [result]
         answers = agree(results) or len(results) == MAX_LINES
         wrongly = sabotaged and 1 < len(results) < MAX_LINES and rng.random() < SABOTAGE_STOP
         if answers != wrongly:
             break
-    result = next((r for r in results if results.count(r) > 1), result)     # also where more lines were put in
+    result = next((r for r in results if results.count(r) > 1), result)  # also where more lines were put in
     ids, learned = ids + [ID[ANSWER], DIGIT + result], learned + [answers, True]
     while rng.random() < TEACHER_RESTATES:
         ids, learned = ids + [ID[ANSWER], DIGIT + result], learned + [True, True]
@@ -193,12 +218,18 @@ def student_response(numbers, rng):
 
 def make_model(shape, eos_token):
     """A Qwen3 from scratch."""
-    config = Qwen3Config(vocab_size=len(ID), max_position_embeddings=CONTEXT, initializer_range=0.05,
-                         rope_parameters=dict(rope_type="default", rope_theta=10000.0),
-                         bos_token_id=None, eos_token_id=ID[eos_token], pad_token_id=ID[END_OF_TEXT], **shape)
+    config = Qwen3Config(
+        vocab_size=len(ID),
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.05,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        bos_token_id=None,
+        eos_token_id=ID[eos_token],
+        pad_token_id=ID[END_OF_TEXT],
+        **shape,
+    )
     model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=ID[eos_token],
-                                               pad_token_id=ID[END_OF_TEXT])
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=ID[eos_token], pad_token_id=ID[END_OF_TEXT])
     return model
 
 
@@ -216,10 +247,12 @@ def batches(respond, rng, steps, batch_size, longest=96, pool=8):
                 documents.append(((prompt + ids)[:longest], ([False] * len(prompt) + learned)[:longest]))
             documents.sort(key=lambda document: len(document[0]))
             order = rng.permutation(pool)
-        chosen = documents[order[step % pool] * batch_size:][:batch_size]
+        chosen = documents[order[step % pool] * batch_size :][:batch_size]
         width = max(len(ids) for ids, _ in chosen)
-        yield (torch.tensor([ids + [ID[END_OF_TEXT]] * (width - len(ids)) for ids, _ in chosen]),
-               torch.tensor([learned + [False] * (width - len(learned)) for _, learned in chosen]))
+        yield (
+            torch.tensor([ids + [ID[END_OF_TEXT]] * (width - len(ids)) for ids, _ in chosen]),
+            torch.tensor([learned + [False] * (width - len(learned)) for _, learned in chosen]),
+        )
 
 
 def train(model, respond, rng, steps, lr, name, unsaid=0.0, batch_size=64):
@@ -229,13 +262,19 @@ def train(model, respond, rng, steps, lr, name, unsaid=0.0, batch_size=64):
     """
     layers = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
-    optimizers = [torch.optim.Muon(layers, lr=1e-2, weight_decay=0.01),
-                  torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(   # 50 steps up, and down to zero over the last 40 %
-        o, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))) for o in optimizers]
+    optimizers = [
+        torch.optim.Muon(layers, lr=1e-2, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(  # 50 steps up, and down to zero over the last 40 %
+            o, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
+        )
+        for o in optimizers
+    ]
     bar = tqdm(batches(respond, rng, steps, batch_size), total=steps, desc=name)
     for ids, learned in bar:
-        logits = model(ids[:, :-1]).logits[learned[:, 1:]]                      # (N, V); t predicts t+1
+        logits = model(ids[:, :-1]).logits[learned[:, 1:]]  # (N, V); t predicts t+1
         loss = F.cross_entropy(logits, ids[:, 1:][learned[:, 1:]])
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if unsaid:
@@ -253,15 +292,33 @@ def train(model, respond, rng, steps, lr, name, unsaid=0.0, batch_size=64):
 # --- everything -------------------------------------------------------------------------------------
 
 
-def write_rows(path, problems):
-    with open(path, "w") as file:
-        for numbers in problems:
-            row = {"problem": "+".join(map(str, numbers)), "answer": str(sum(numbers) % 10), "level": len(numbers)}
-            file.write(json.dumps(row) + "\n")
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def row_of(numbers):
+    return {"problem": "+".join(map(str, numbers)), "answer": str(sum(numbers) % 10), "level": len(numbers)}
+
+
+def add_responses(out):
+    """Put one response of the teacher beside every training problem: what runs on teacher prefixes train on.
+
+    They are fixed: a run with another seed sees the same ones, in another order.
+    """
+    file = out / "responses.jsonl"
+    evaluate.main(
+        evaluate.Args(model=str(out / "teacher"), eval_data=str(out / "train.jsonl"), eval_k=1, out_file=str(file))
+    )
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row, line in zip(rows, file.read_text(encoding="utf-8").splitlines()):
+        response = json.loads(line)
+        row |= {"response": response["response"]} | ({} if response["ended"] else {"ended": False})
+    write_rows(out / "train.jsonl", rows)
+    file.unlink()
 
 
 def main(out, seed):
-    torch.set_num_threads(1)                    # models this small gain nothing from more
+    torch.set_num_threads(1)  # models this small gain nothing from more
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -271,13 +328,16 @@ def main(out, seed):
         problems[tuple(random_problem(rng))] = None
     problems = [list(p) for p in problems]
     rng.shuffle(problems)
-    write_rows(out / "eval.jsonl", problems[:EVAL_ROWS])
-    write_rows(out / "train.jsonl", problems[EVAL_ROWS:])
+    write_rows(out / "eval.jsonl", map(row_of, problems[:EVAL_ROWS]))
+    write_rows(out / "train.jsonl", map(row_of, problems[EVAL_ROWS:]))
 
     # Models. Every random stream has a seed of its own: (seed, 1), (seed, 2), (seed, 3), and torch's.
-    for i, (name, shape, respond, steps, lr, eos_token, unsaid) in enumerate([
+    for i, (name, shape, respond, steps, lr, eos_token, unsaid) in enumerate(
+        [
             ("teacher", TEACHER, teacher_response, TEACHER_STEPS, TEACHER_LR, TURN_END, 0.0),
-            ("student", STUDENT, student_response, STUDENT_STEPS, STUDENT_LR, END_OF_TEXT, STUDENT_UNSAID)]):
+            ("student", STUDENT, student_response, STUDENT_STEPS, STUDENT_LR, END_OF_TEXT, STUDENT_UNSAID),
+        ]
+    ):
         torch.manual_seed(10 * seed + i)
         tokenizer, model = build_tokenizer(eos_token), make_model(shape, eos_token)
         chat = [{"role": "user", "content": "3+8+5"}]
@@ -287,6 +347,7 @@ def main(out, seed):
         tokenizer.save_pretrained(out / name)
         model.save_pretrained(out / name)
         evaluate.main(evaluate.Args(model=str(out / name), eval_data=str(out / "eval.jsonl"), eval_max_new_tokens=96))
+    add_responses(out)
 
 
 if __name__ == "__main__":

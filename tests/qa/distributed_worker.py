@@ -1,57 +1,46 @@
-"""Run scripts, one after the other, in one process of several; started by test_distributed.py, or by torchrun as
-
-python distributed_worker.py JSON, a list of [script, arguments]. With "sgd" among the arguments the optimizer is
-plain SGD: AdamW turns a difference of 5e-9 in a gradient into one of 3e-5 in a weight, SGD keeps it what it is.
-With SICK_AT=n in the environment, process 1 fails when it begins to sample for step n. Nothing may run a sharded model's
-LM head: sampler and loss multiply by its matrix themselves, at the positions that they need.
-"""
+"""One process of several, which runs scripts one after the other; test_distributed.py forks two of them."""
 
 import importlib
-import json
 import os
-import sys
-from pathlib import Path
+import signal
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # tests/ and what it tests
-
+import pytest
 import torch
-
-import opd  # noqa: F401  all that the scripts import, once, before the process is forked
 from conftest import even_length, run
+from test_scripts import SGD
+
+import grpo
 from plumbing.processes import rank_and_world
-from plumbing.runs import Run
-
-ADAMW = torch.optim.AdamW
+from plumbing.run import Run
 
 
-def sgd(params, lr, **others):
-    return torch.optim.SGD(params, lr=lr)
+def work(script, arguments, sgd=False, mute=False, stop_at=0):
+    """Run a script, and print its exit. sgd: with plain SGD. mute: every other row of a batch has no response tokens,
+    of two processes all those of the second one. stop_at: after this step the second process is told to stop."""
+    module, record = importlib.import_module(script), Run.record
+    original = getattr(module, "teacher_rollouts", None)
 
+    def muted(*args):
+        (rank, world), rollouts = rank_and_world(), original(*args)
+        rollouts.mask[[(rank + world * i) % 2 == 1 for i in range(len(rollouts.mask))]] = False
+        return rollouts
 
-def load_without_head(*args, load=Run.load, **kwargs):
-    model = load(*args, **kwargs)
-    model.get_output_embeddings().forward = None
-    return model
+    def stopped(self, *args, **kwargs):
+        record(self, *args, **kwargs)
+        if self.step == stop_at and rank_and_world()[0] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-
-def work(jobs):
-    torch.set_num_threads(1)
-    Run.load = load_without_head
-    for script, arguments in jobs:
-        module = importlib.import_module(script)
-        torch.optim.AdamW = sgd if arguments.pop("sgd", 0) else ADAMW
-        if script == "grpo":
-            module.grade = even_length
-        if "SICK_AT" in os.environ:
-            healthy = module.sample
-
-            def sample(model, prompts, keys, *args, healthy=healthy, **kwargs):
-                if keys[0][1] == int(os.environ["SICK_AT"]) and rank_and_world()[0] == 1:
-                    raise RuntimeError("process 1 is ill")
-                return healthy(model, prompts, keys, *args, **kwargs)
-
-            module.sample = sample
-        run(script, **arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "record", stopped)
+        patch.setattr(grpo, "grade", even_length)
+        if sgd:
+            patch.setattr(torch.optim, "AdamW", SGD)
+        if mute:
+            patch.setattr(module, "teacher_rollouts", muted)
+        try:
+            run(script, **arguments)
+        except SystemExit as exit:
+            print(f"exit of {script}: {exit.code}")
 
 
 def work_forked(environment, jobs, log):
@@ -60,8 +49,5 @@ def work_forked(environment, jobs, log):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    work(jobs)
-
-
-if __name__ == "__main__":
-    work(json.loads(sys.argv[1]))
+    for job in jobs:
+        work(**job)

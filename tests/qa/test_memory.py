@@ -1,148 +1,124 @@
-"""How much memory the Qwen3 recipes need, by arithmetic, and that the table of docs/real_models.md says so.
+"""How much memory the Qwen3 recipes need, and that docs/real_models.md says so. Weights and caches are counted from the
+published shapes. What training takes is measured: the scripts' code runs on fake tensors, which have no memory."""
 
-Weights and cache are counted from the published shapes; activations from what autograd saves in a training forward
-pass of the very model at full size, on fake tensors, which have shapes and types and no memory.
-"""
-
-import importlib
+import functools
 import re
 import subprocess
 import sys
-from functools import partial
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run
+from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+import common
 import opd
-from bench.bench import Case, model_config  # the published config.json files, which test_bench.py checks
-from plumbing import runs
-from plumbing.models import load_model
-from plumbing.processes import layers
-from plumbing.runs import parse
+from plumbing.arguments import parse
+from plumbing.models import autocast
+from plumbing.processes import body, layers
+
+# The published config.json files: hidden, intermediate, layers, heads, tied
+QWEN3 = {"0.6B": (1024, 3072, 28, 16, True), "4B": (2560, 9728, 36, 32, True), "8B": (4096, 12288, 36, 32, False)}
+PROMPT = 128  # tokens
 
 
-def config(name):
-    return model_config(name, Case("h200", vocab=151_936))
+def model_of(path, dtype=torch.float32, depth=0):
+    hidden, inner, layers, heads, tied = QWEN3[re.search(r"[\d.]+B", path)[0]]
+    options = dict(num_hidden_layers=depth or layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128)
+    options |= dict(vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, tie_word_embeddings=tied)
+    return transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**options), dtype=dtype)
 
 
-def parameters(name):
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of all tensors that are made and still there; `known` are those from before."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.bytes, self.peak, self.known = 0, 0, weakref.WeakSet(x.untyped_storage() for x in known)
+
+    def add(self, n):
+        self.bytes += n
+        self.peak = max(self.peak, self.bytes)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+
+def training_bytes(args, tokens, depth):
+    """What the loss of a micro-batch and its backward pass need at their peak, beside weights and gradients."""
+
+    def response_hidden(model, batch):  # as in common.py, but for prompts of one length: fake tensors have no mask
+        with autocast(model):
+            return body(model)(input_ids=batch.ids).last_hidden_state[:, PROMPT - 1 : -1].flatten(0, 1)
+
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "response_hidden", response_hidden)
+        models = student, teacher = model_of(args.student, depth=depth), model_of(args.teacher, torch.bfloat16, 1)
+        student.autocasts, student.config.use_cache, teacher.config.use_cache = True, False, False
+        for layer in layers(student) if args.gradient_checkpointing else ():
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        known = [x for model in models for x in (*model.parameters(), *model.buffers())]
+        batch = SimpleNamespace(ids=torch.zeros(args.micro_batch_size, tokens, dtype=torch.long), mask=0)
+        weights = {0: torch.ones(args.micro_batch_size * (tokens - PROMPT))}
+        with Alive([*known, *(p.grad for p in student.parameters())]) as alive:
+            common.distillation_loss(common.reverse_kl, student, teacher, batch, weights)[0].backward()
+    return alive.peak
+
+
+def cache_bytes(rows, new):
+    """Keys and values of all layers of Qwen3-0.6B in bf16, in a cache of fixed size."""
+    return 2 * 28 * 8 * 128 * rows * (PROMPT + new) * 2
+
+
+def budget(recipe, *more):
+    """What `python opd.py --recipe FILE ...` needs at its peak on a GPU, part by part, in GB."""
+    args = parse(opd.Args, ["--recipe", str(ROOT / "recipes" / recipe), *more])
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config(name)).num_parameters()
+        student, teacher = (model_of(path).num_parameters() for path in (args.student, args.teacher))
+    parts = dict(student=16 * student, copy=2 * student, teacher=2 * teacher)  # 16: weights, gradients, two moments
+    parts["rollouts"] = cache_bytes(args.batch_size, args.max_new_tokens)
+    parts["evaluation"] = cache_bytes(args.eval_batch_size, args.eval_max_new_tokens)
+    one, two = (training_bytes(args, PROMPT + args.max_new_tokens, depth) for depth in (1, 2))
+    parts["training"] = one + 27 * (two - one)  # 28 layers, all alike
+    return {name: n / 1e9 for name, n in (parts | dict(total=sum(parts.values()))).items()}
 
 
-def cache_bytes(config, rows, tokens):
-    """Keys and values of every layer, in bf16."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rows * tokens * 2
-
-
-class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that autograd keeps for the backward pass, each piece of memory counted once, weights not."""
-
-    def __init__(self):
-        self.storages = {}
-        super().__init__(self.pack, lambda x: x)
-
-    def pack(self, x):
-        self.storages[x.untyped_storage()._cdata] = x.untyped_storage()  # kept, so that no address serves twice
-        return x
-
-    def bytes(self, model):
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        return sum(s.nbytes() for key, s in self.storages.items() if key not in own)
-
-
-def activation_bytes(config, rows, tokens, checkpointing):
-    """-> what a training forward pass of the body keeps in bf16 autocast, and autocast's copies of the weights"""
-    with FakeTensorMode():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        if checkpointing:
-            for layer in layers(model):
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
-        with torch.autocast("cpu", torch.bfloat16), (saved := Saved()):
-            hidden = model.base_model(ids, use_cache=False).last_hidden_state  # held: what it needs is kept
-        kept = saved.bytes(model)
-        del hidden
-    return kept, 2 * sum(p.numel() for p in model.base_model.parameters() if p.ndim == 2)
+def test_the_documents_say_what_the_recipes_need():
+    changed = ("--max_new_tokens", "4096"), ("--gradient_checkpointing", "false")
+    columns = [budget("qwen3-4b.txt"), budget("qwen3-8b.txt"), *(budget("qwen3-4b.txt", *more) for more in changed)]
+    text = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+)[^|]* \|((?: [\d.]+ \|){4})$", text, re.M)
+    found = {name: [float(n) for n in numbers.split("|")[:-1]] for name, numbers in rows}
+    for part in columns[0]:
+        assert found[part] == pytest.approx([column[part] for column in columns], abs=0.06), part
+    long, cache = columns[2], cache_bytes(64, 4096) / 1e9
+    grpo = long["total"] - long["teacher"] - long["rollouts"] + cache
+    assert f"64 responses of 4,096 tokens at a time take a cache of {cache:.1f}, and all {grpo:.1f}" in text
 
 
 def test_memory_that_was_freed_is_given_back():
     """200 MB in pieces, with one at the end that stays: glibc keeps all of it until it is asked."""
     code = """
 import re, torch
-from plumbing.runs import release_memory
-rss = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+from plumbing.run import release_memory
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
 pieces = [torch.ones(16_000) for _ in range(3_200)]
 del pieces[:-1]
-kept = rss()
-release_memory()
-print(kept - rss())
-"""
+print(resident(), release_memory(), resident())"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 150
-
-
-def test_a_large_student_gives_memory_back_after_every_step_and_the_toy_does_not(world, tmp_path, monkeypatch):
-    for size, calls in ((1e6, 0), (2e7, 2)):
-        asked = []
-        monkeypatch.setattr(runs, "release_memory", lambda: asked.append(1))
-        monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda *args, **options: size)
-        run("opd", **world | dict(steps=2), out_dir=tmp_path / str(size))
-        assert len(asked) == calls
-
-
-def test_checkpointing_keeps_less_for_the_backward_pass(world):
-    kept = []
-    for on in (False, True):
-        student = load_model(world["student"], parse(opd.Args, ["--gradient_checkpointing", str(on)]), trainable=True)
-        with (saved := Saved()):
-            student.base_model(torch.arange(200).view(4, 50), use_cache=False)
-        kept.append(saved.bytes(student))
-    assert kept[1] < 0.3 * kept[0], kept
-
-
-def budget(recipe, *more):
-    """What `python opd.py --recipe FILE ...` needs at its peak, part by part, for prompts of 128 tokens."""
-    args = parse(opd.Args, ["--recipe", str(ROOT / "recipes" / recipe), *more])
-    name = args.student.split("Qwen3-")[1].split("-")[0]
-    student, tokens = config(name), 128 + args.max_new_tokens
-    kept, copies = activation_bytes(student, args.micro_batch_size, tokens, args.gradient_checkpointing)
-    if args.gradient_checkpointing:  # one layer at a time is recomputed
-        one_layer = config(name)
-        one_layer.update(dict(num_hidden_layers=1, layer_types=["full_attention"]))
-        kept += activation_bytes(one_layer, args.micro_batch_size, tokens, False)[0]
-    always = dict(
-        student=16 * parameters(name),  # fp32 weights, gradients, AdamW's two moments
-        copies=copies,
-        teacher=2 * parameters(args.teacher.split("Qwen3-")[1]),
-    )
-    in_turn = dict(
-        cache=cache_bytes(student, args.batch_size, tokens),
-        activations=kept,
-        logits=5 * 4 * 2**27,  # two models' logits and log-probabilities, and one more for what comes of them
-        evaluation=cache_bytes(student, args.eval_batch_size, 128 + args.eval_max_new_tokens),
-    )
-    most = max(in_turn["cache"], in_turn["activations"] + in_turn["logits"], in_turn["evaluation"])
-    return always | in_turn | dict(total=sum(always.values()) + most)
-
-
-def test_readme_says_what_the_recipes_need():
-    columns = [
-        budget("qwen3-4b.txt"),
-        budget("qwen3-8b.txt"),
-        budget("qwen3-4b.txt", "--max_new_tokens", "4096"),
-        budget("qwen3-4b.txt", "--gradient_checkpointing", "false"),
-    ]
-    rows = re.findall(r"^\| (\w+)[^|]* \|((?: [\d.]+ \|){4})$", (ROOT / "docs" / "real_models.md").read_text(), re.M)
-    found = {name: [float(n) for n in numbers.split("|")[:-1]] for name, numbers in rows}
-    grpo = parse(importlib.import_module("grpo").Args, ["--recipe", str(ROOT / "recipes/qwen3-grpo.txt")])
-    cache = cache_bytes(config("0.6B"), grpo.rollout_batch_size, 128 + grpo.max_new_tokens)
-    said = f"needs more, {(columns[0]['student'] + columns[0]['copies'] + cache) / 1e9:.1f}"
-    text = " ".join((ROOT / "docs" / "real_models.md").read_text().split())
-    assert said in text and f"64 responses of 4,096 tokens at a time, whose cache takes {cache / 1e9:.1f}" in text
-    for part in columns[0]:
-        assert found[part] == pytest.approx([column[part] / 1e9 for column in columns], abs=0.06), part
+    kept, _, left = done.stdout.split()
+    assert int(kept) - int(left) > 150

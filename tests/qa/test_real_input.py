@@ -1,45 +1,73 @@
 """The same scripts on input as it comes: published data formats, other architectures, the conventions of Qwen3."""
 
 import importlib
-import itertools
 import json
 import re
 import shutil
 
+import datasets
+import pandas
 import pytest
 import torch
 import transformers
-from conftest import DISTILLATION, ROOT, arguments_of, make_checkpoint, make_tokenizer, read_log, run, write_jsonl
+from conftest import DISTILLATION, ROOT, arguments_of, make_checkpoint, read_log, run, write_jsonl
 
 import opd
-from plumbing import models, tasks
-from plumbing.models import load_model, load_vocab
-from plumbing.runs import check_args, parse
+from plumbing import models
+from plumbing.arguments import check_args, parse
+from plumbing.data import Problem, load_problems
+from plumbing.grading import grade
 
-GSM8K = {
-    "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
-    "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n48+24 = <<48+24=72>>72 altogether.\n#### 72",
-}
+GSM8K = {"question": "How many altogether?", "answer": "48+24 = <<48+24=72>>72.\n#### 72", "response": "#### 72"}
 MATH = {"problem": "Find $3 \\cdot 4$.", "solution": "It is $\\boxed{12}$.", "answer": "12", "level": 2}
 AMC = {"id": 0, "problem": "How many miles?", "answer": 27.0, "question": "How many miles?"}
 AIME = {"id": 60, "problem": "Find the number of minutes.", "answer": "025", "url": "x"}
 
 
 @pytest.mark.parametrize("row, answer", [(GSM8K, "72"), (MATH, "12"), (AMC, "27.0"), (AIME, "025")])
-def test_published_formats(row, answer, tmp_path):
-    (problem,) = tasks.load_problems(write_jsonl(tmp_path / "a.jsonl", [row]), needs_answer=True)
-    assert problem.answer == answer and problem.question == (row.get("problem") or row["question"])
-    assert tasks.grade(f"... so it is \\boxed{{{float(answer):g}}}.", problem.answer)
+def test_published_data_in_files_of_every_kind_and_from_the_hub(row, answer, tmp_path, monkeypatch):
+    table, asked, load = pandas.DataFrame([row, row]), [], datasets.load_dataset
+    write_jsonl(tmp_path / "a.jsonl", [row, row])
+    (tmp_path / "lines.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "list.json").write_text(json.dumps([row, row], indent=1), encoding="utf-8")
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_csv(tmp_path / "a.csv", index=False)
+    hub = lambda path, *more, **options: asked.append((path, *more, *options.values())) or [row, row]
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **o: (load if "data_files" in o else hub)(*a, **o))
+    for path in (*tmp_path.iterdir(), "openai/gsm8k:main:test", "math-ai/amc23::test", "zwhe99/DeepMath"):
+        problems, column, _ = load_problems(str(path), needs="answer")
+        assert column == ("problem" if "problem" in row else "question")
+        assert [(p.question, p.level) for p in problems] == [(row[column], "2" if "level" in row else None)] * 2
+        assert problems[1].answer == (answer.lstrip("0") if str(path).endswith(".csv") else answer), "a CSV has numbers"
+        assert grade(f"... so it is \\boxed{{{float(answer):g}}}.", problems[1].answer)
+    assert asked[0] == ("openai/gsm8k", "main", "test") and asked[1][1:] == (None, "test") and asked[2][2] == "train"
 
 
-def test_hub_names_carry_config_and_split(monkeypatch):
-    asked = []
-    load = lambda path, name, split: asked.append((path, name, split)) or [GSM8K]  # noqa: E731
-    monkeypatch.setattr("datasets.load_dataset", load)
-    for name in ("openai/gsm8k:main:test", "openai/gsm8k:main", "zwhe99/DeepMath"):
-        tasks.load_problems(name)
-    gsm8k = "openai/gsm8k"
-    assert asked == [(gsm8k, "main", "test"), (gsm8k, "main", "train"), ("zwhe99/DeepMath", None, "train")]
+def test_columns_can_be_named_and_rows_without_what_is_needed_are_counted(tmp_path, capsys):
+    rows = [{"prompt": "p", "task": "t", "said": "s", "answer": a} for a in ("1", "", None, float("nan"), 0)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    problems, column, _ = load_problems(path, needs="answer", columns="question=task,response=said")
+    assert [(p.question, p.answer, p.response) for p in problems] == [("t", "1", "s"), ("t", "0", "s")]
+    assert column == "task" and "left out 3 rows without answer" in capsys.readouterr().out
+    assert [p.question for p in load_problems(path)[0]] == ["p"] * 5, "guessed, and nothing needed"
+
+
+def ask(student, teacher, *argv, problems=None):
+    """-> the prompt that the first question becomes, as text; and what the models have in common."""
+    problems = problems or [Problem("Is 7 prime?")]
+    tokens = models.load_tokens(parse(opd.Args, [f"--student={student}", f"--teacher={teacher}", *argv]), [problems])
+    return tokens.tokenizer.decode(problems[0].prompt), tokens
+
+
+def test_a_response_is_a_text_that_finishes_unless_it_says_otherwise_or_ids_as_they_are(world, tmp_path, capsys):
+    rows = [{"response": "Yes."}, {"response": "Yes.", "ended": False}, {"response": "Yes.", "response_ids": [7, 8]}]
+    rows += [{"response": "Yes.", "response_ids": []}, {"response": ""}, {"response": None}, {"response_ids": []}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "Is 7 prime?"} | row for row in rows])
+    problems = load_problems(path, needs="response")[0]
+    yes = ask(world["student"], world["teacher"], problems=problems)[1].tokenizer("Yes.")["input_ids"]
+    assert [p.response_ids for p in problems] == [[*yes, 302], yes, [7, 8], [*yes, 302]], "302: the teacher's end token"
+    assert [p.ended for p in problems] == [True, False, True, True]
+    assert "left out 3 rows without response" in capsys.readouterr().out, "no empty response is trained on"
 
 
 @pytest.mark.parametrize("script", ["opd", "sft_offpolicy"])
@@ -50,39 +78,28 @@ def test_hub_names_carry_config_and_split(monkeypatch):
         (dict(arch="Qwen3", tied=True, padded=5), dict(arch="Llama", tied=False, padded=21)),
         (dict(arch="Llama", tied=True, padded=9), dict(arch="Qwen3", tied=False, padded=9)),
     ],
-    ids=["llama", "qwen3-from-llama-padded", "llama-from-qwen3"],
 )
 def test_any_causal_lm_checkpoint(script, student, teacher, tmp_path, capsys):
-    """Two architectures, tied and untied heads, a BPE tokenizer, different end tokens, padded vocabularies, and a
-    generation_config that would cut the distribution if anybody looked at it."""
-    corpus = [GSM8K["question"], GSM8K["answer"]]
-    paths = {}
+    """Two architectures, tied and untied heads, rows that pad the vocabulary and would win, end tokens in three
+    places, as Qwen has them, and a generation_config that nobody is to sample by."""
+    paths, evals = {}, [write_jsonl(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate((GSM8K, MATH, AMC))]
     for role, options, eos in (("student", student, "<|endoftext|>"), ("teacher", teacher, "<|im_end|>")):
-        tokenizer = make_tokenizer(eos, corpus, vocab_size=340)
-        paths[role] = make_checkpoint(tmp_path / role, tokenizer=tokenizer, **options)
-        hostile = dict(do_sample=True, temperature=0.01, top_k=1, eos_token_id=tokenizer.eos_token_id)
-        (tmp_path / role / "generation_config.json").write_text(json.dumps(hostile))
-    train = write_jsonl(tmp_path / "train.jsonl", [GSM8K | {"question": f"{i}. {GSM8K['question']}"} for i in range(6)])
-    evals = [write_jsonl(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate((GSM8K, MATH, AMC))]
-    arguments = dict(steps=2, batch_size=4, max_new_tokens=8, eval_max_new_tokens=8, eval_k=2, lr=1e-3)
-    run(script, **paths, data=train, eval_data=",".join(evals), **arguments, out_dir=tmp_path / "run/out")
-    rows = read_log(tmp_path / "run/out")
-    assert len(rows) == 3 and 0 < rows[2]["eval_entropy"] < 6 and f"avg_at_k/{evals[2]}" in rows[2]
-    said = capsys.readouterr().out
-    assert ("cropped to the tokenizer's" in said) == (student.get("padded", 0) != teacher.get("padded", 0))
-    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/out/model")
-    assert saved.config.tie_word_embeddings == student["tied"]
-    assert type(saved).__name__ == student["arch"] + "ForCausalLM"
-    assert saved.config.vocab_size == 343 + student.get("padded", 0), "training does not resize a model"
-    assert set(saved.generation_config.eos_token_id) == {340, 342}  # whoever samples from it stops as we did
-
-
-def ask(student, teacher, *argv, question="Is 7 prime?"):
-    """-> the prompt that a question becomes, as text; the vocabulary; the tokenizer."""
-    problems = [tasks.Problem(question, "1")]
-    args = parse(opd.Args, ["--student", str(student), "--teacher", str(teacher), *argv])
-    vocab, tokenizer = load_vocab(args, [problems])
-    return tokenizer.decode(problems[0].prompt), vocab, tokenizer
+        paths[role] = make_checkpoint(tmp_path / role, eos=eos, eos_token_id=5, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(paths[role])
+        model.get_output_embeddings().weight.data[303:] *= 30
+        model.generation_config.update(do_sample=True, temperature=0.01, top_k=1, eos_token_id=[6, 7])
+        model.save_pretrained(paths[role])
+    more = dict(steps=2, batch_size=4, max_new_tokens=8, eval_max_new_tokens=8, eval_k=2, out_dir=tmp_path / "run")
+    run(script, **paths, data=write_jsonl(tmp_path / "train.jsonl", [GSM8K] * 6), eval_data=",".join(evals), **more)
+    row = read_log(tmp_path / "run")[2]
+    assert 3 < row["eval_entropy"] < 6 and 3 < row["entropy"] < 6 and {f"avg_at_k/{name}" for name in evals} < set(row)
+    said = [json.loads(line)["response_ids"] for line in (tmp_path / "run/responses-2.jsonl").open(encoding="utf-8")]
+    assert len(said) == 6 and max(map(max, said)) < 303
+    assert ("cropped to the tokenizer's 303" in capsys.readouterr().out) == ("padded" in student)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert saved.config.model_type == student["arch"].lower() and saved.config.tie_word_embeddings == student["tied"]
+    assert saved.config.vocab_size == 303 + student.get("padded", 0), "training does not resize a model"
+    assert set(saved.generation_config.eos_token_id) == {5, 6, 7, 300, 302}, "who samples from it stops as we did"
 
 
 @pytest.fixture
@@ -91,31 +108,26 @@ def copied(world, tmp_path):
     return shutil.copytree(world["student"], tmp_path / "student")
 
 
-def test_ends_are_those_of_config_generation_config_and_tokenizer(world, copied):
-    """Qwen's chat models name <|im_end|> in one of them and <|endoftext|> in another."""
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
-    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
-    _, vocab, tokenizer = ask(copied, world["teacher"])
-    assert {5, 6, 7, tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|im_end|>"])} <= set(vocab.end_ids)
+def test_the_prompt_is_the_teachers_template_with_what_was_asked_for(world, copied):
+    """Thinking is off unless asked for. A template that tells the date, as Llama 3's, always tells the same."""
+    prompt = lambda *argv: ask(world["student"], copied, *argv)[0]
+    asked = "<|im_start|>user\nIs 7 prime?<|im_end|>\n<|im_start|>assistant\n"
+    assert (prompt(), prompt("--thinking=true")) == (asked + "<think>\n\n</think>\n\n", asked)
+    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    (copied / "chat_template.jinja").write_text(template, encoding="utf-8")
+    assert prompt("--instruction=Box it.") == "26 Jul 2024: Is 7 prime?\nBox it."
 
 
-def test_a_template_that_tells_the_date_tells_the_same_one_on_every_day(copied):
-    """Llama 3's does: a run that goes on after midnight would go on with other prompts."""
-    (copied / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
-    assert ask(copied, copied)[0] == "26 Jul 2024: Is 7 prime?"
-
-
-def test_a_token_that_no_text_holds_may_lie_beyond_the_vocabulary(copied, tmp_path):
-    """Gemma 3's tokenizer has one for images, and its small models no row for it."""
+def test_vocabularies_are_cropped_to_the_tokenizer_and_a_token_for_images_may_lie_beyond(copied, tmp_path):
+    """Gemma 3's tokenizer has one, and its small models no row for it."""
+    larger = make_checkpoint(tmp_path / "larger", padded=5)
+    assert [ask(*pair)[1].vocab_size for pair in ((copied, larger), (larger, copied), (larger, larger))] == [303] * 3
     tokenizer = transformers.AutoTokenizer.from_pretrained(copied)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(copied)
-    assert ask(copied, copied)[1].size == 303 == len(tokenizer) - 1
-    larger = make_checkpoint(tmp_path / "larger", padded=5)
-    assert ask(copied, larger)[1].size == 303, "cropped to what both models have"
+    assert ask(copied, larger)[1].vocab_size == ask(copied, copied)[1].vocab_size == 303 == len(tokenizer) - 1
     with pytest.raises(SystemExit, match="ids up to 303"):
-        ask(copied, copied, question="What is <image>?")
+        ask(copied, copied, problems=[Problem("What is <image>?")])
 
 
 def test_an_end_token_that_a_tokenizer_takes_for_a_word_is_no_part_of_an_answer(world, tmp_path, monkeypatch):
@@ -128,141 +140,69 @@ def test_an_end_token_that_a_tokenizer_takes_for_a_word_is_no_part_of_an_answer(
     assert set(texts) == {("common", ""), ("grpo", ""), ("look", "")}
 
 
-@pytest.mark.parametrize("answer, read", [(5e-5, "0.00005"), (1e16, "10000000000000000"), (float("nan"), None)])
-def test_numbers_are_written_out_and_nan_is_no_answer(answer, read, tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [GSM8K | {"answer": answer}])
-    assert tasks.load_problems(path)[0].answer == read
-    if read is None:
-        with pytest.raises(SystemExit, match="needs an `answer`"):
-            tasks.load_problems(path, needs_answer=True)
-
-
-@pytest.mark.parametrize(
-    "argv, asks, begins",
-    [
-        ([], "Is 7 prime?", "<think>\n\n</think>\n\n"),  # thinking off unless asked for
-        (["--thinking", "true"], "Is 7 prime?", ""),
-        (["--instruction", "Box it."], "Is 7 prime?\nBox it.", "<think>\n\n</think>\n\n"),
-    ],
-)
-def test_the_prompt_is_the_teachers_template_with_what_was_asked_for(argv, asks, begins, world):
-    text, *_ = ask(world["student"], world["teacher"], *argv)
-    assert text == f"<|im_start|>user\n{asks}<|im_end|>\n<|im_start|>assistant\n{begins}"
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Recipes, precision, memory
-
-PAPER = dict(  # what public notes quote of the paper, and its authors' follow-up
-    student="Qwen/Qwen3-0.6B-Base", data="agentica-org/DeepScaleR-Preview-Dataset", precision="bf16", thinking=False,
-    temperature=1.0, top_p=0.95, top_k=20, lr=5e-7, warmup=0.05, batch_size=32, steps=1000, max_new_tokens=1024,
-    eval_temperature=0.6, instruction="Please reason step by step, and put your final answer within \\boxed{}.",
-)  # fmt: skip
-RECIPES = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.txt"))}
-
-
-def parsed(script, recipe, *more):
-    return parse(importlib.import_module(script).Args, ["--recipe", str(ROOT / "recipes" / recipe), *more])
-
-
-@pytest.mark.parametrize("script", [script for script in DISTILLATION if script != "curriculum"])
-@pytest.mark.parametrize("teacher", ["4B", "8B"])
-def test_one_flag_brings_the_papers_setting(script, teacher):
-    args = parsed(script, f"qwen3-{teacher.lower()}.txt", "--seed", "7")
-    assert vars(args) == vars(args) | PAPER | {"teacher": f"Qwen/Qwen3-{teacher}", "seed": 7}
-    assert getattr(args, "lam", 0.2) == 0.2
-    names = [name.split(":")[0].split("/")[1] for name in args.eval_data.split(",")]
-    assert names == ["aime_2024", "amc23", "MATH-500", "gsm8k"]
-
-
-def test_curriculum_rl_and_final_evaluation_have_recipes_of_their_own():
-    args = parsed("curriculum", "qwen3-curriculum.txt")
-    assert vars(args) == vars(args) | PAPER | {"max_new_tokens": 4096}
-    assert args.lengths.startswith("128,") and args.lengths.endswith(",4096")
-    args = parsed("grpo", "qwen3-grpo.txt")
-    plain = dict(student="runs/qwen3-opd/model", lr=1e-6, max_new_tokens=4096, temperature=1.0, top_p=1.0, top_k=0)
-    assert vars(args) == vars(args) | PAPER | plain and args.group_size == 8
-    args = parsed("evaluate", "qwen3-eval.txt")
-    assert (args.eval_max_new_tokens, args.eval_problems, args.instruction) == (8192, 0, PAPER["instruction"])
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_good_for_its_command_asks_for_a_mark_and_says_whose_every_value_is(recipe):
-    first, *lines = RECIPES[recipe].splitlines()
-    args = parsed(re.search(rf"python (\w+)\.py --recipe recipes/{recipe}", first)[1], recipe)
-    check_args(args)
-    assert "\\boxed{}" in args.instruction
+@pytest.mark.parametrize("recipe", [path.name for path in (ROOT / "recipes").glob("*.txt")])
+def test_every_recipe_is_good_for_its_commands_asks_for_a_mark_and_says_whose_every_value_is(recipe):
+    paper = dict(student="Qwen/Qwen3-0.6B-Base", top_p=0.95, top_k=20, lr=5e-7, batch_size=32, steps=1000)
+    first, *lines = (ROOT / "recipes" / recipe).read_text(encoding="utf-8").splitlines()
+    script = re.search(rf"python (\w+)\.py --recipe recipes/{recipe}", first)[1]
+    for name in {*DISTILLATION} - {"curriculum"} if script == "opd" else [script]:
+        args = parse(importlib.import_module(name).Args, ["--recipe", str(ROOT / "recipes" / recipe), "--seed", "7"])
+        check_args(args)
+        assert "\\boxed{}" in args.instruction and args.seed == 7
+        assert getattr(args, "warmup_steps", 0) == getattr(args, "steps", 0) // 20
+        if recipe.startswith("qwen3") and script in DISTILLATION:
+            assert vars(args) == vars(args) | paper | {"max_new_tokens": 4096 if script == "curriculum" else 1024}
     values = [line for line in lines if line.startswith("--")]
-    assert [line for line in values if not re.search(r"# \[(paper|follow-up|ours)\]", line)] == []
+    assert values and [line for line in values if not re.search(r"# \[(paper|follow-up|ours)\]", line)] == []
 
 
 def test_the_command_line_wins_over_a_recipe_wherever_it_stands(tmp_path):
-    recipe = tmp_path / "mine.txt"
-    recipe.write_text("# a comment\n--lr 5e-7  # another\n--out_dir 'a folder'\n\n--steps=7\n")
-    for argv in (["--recipe", str(recipe), "--steps", "9"], ["--steps", "9", f"--recipe={recipe}"]):
+    first, second = (str(tmp_path / name) for name in ("first.txt", "second.txt"))
+    put = lambda path, text: open(path, "w", encoding="utf-8").write(text)
+    put(first, "# a comment\n--lr 5e-7  # another\n--out_dir 'a folder'\n\n--steps=7\n")
+    put(second, "\ufeff--steps 8\n")
+    for argv, steps in ((["--steps", "9", f"--recipe={first}"], 9), (["--recipe", first, "--recipe", second], 8)):
         args = parse(opd.Args, argv)
-        assert (args.lr, args.steps, args.out_dir) == (5e-7, 9, "a folder")
-    (tmp_path / "second.txt").write_text("\ufeff--steps 8\n")
-    args = parse(opd.Args, ["--recipe", str(recipe), "--recipe", str(tmp_path / "second.txt")])
-    assert (args.lr, args.steps) == (5e-7, 8)
+        assert (args.lr, args.steps, args.out_dir) == (5e-7, steps, "a folder")
     for content, says in (("--lr 'x", "cannot be read"), ("--recipe a", "by --recipe"), ("--rate 1", "unrecognized")):
-        recipe.write_text(content)
+        put(first, content)
         with pytest.raises(SystemExit, match=says):
-            parse(opd.Args, ["--recipe", str(recipe)])
-    with pytest.raises(SystemExit, match="cannot be read"):
-        parse(opd.Args, ["--recipe", "nowhere.txt"])
+            parse(opd.Args, ["--recipe", first])
 
 
-@pytest.mark.parametrize("gpu, able, real", list(itertools.product([True, False], repeat=3)))
-def test_auto_is_bf16_on_gpus_and_for_real_models_on_processors_made_for_it(gpu, able, real, world, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able)
-    assert models.is_toy(transformers.AutoConfig.from_pretrained(world["student"]))
-    assert not models.is_toy(transformers.Qwen3Config())
-    monkeypatch.setattr(models, "is_toy", lambda config: not real)
-    assert models.resolve_precision(opd.Args(**world)) == ("bf16" if able and (gpu or real) else "fp32")
-    assert models.resolve_precision(opd.Args(**world | dict(precision="fp32"))) == "fp32"
+def test_auto_is_measured_once_for_models_that_are_not_tiny_and_kept(world, tmp_path, monkeypatch, capsys):
+    """... and reused where a run goes on. In bf16 updates of 5e-7 would be rounded away, so what is trained has fp32
+    weights all the same; what samples and the teacher have not."""
+    seconds, size, loaded = {torch.float32: 2e-3, torch.bfloat16: 1e-3}, [10_000_000], []
+    recorded = lambda name: json.loads((tmp_path / name / "args.json").read_text(encoding="utf-8"))["precision"]
+    monkeypatch.setattr(models, "_seconds", lambda dtype: seconds[dtype])
+    monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda self, **_: size[0])
+    monkeypatch.setattr(opd, "check_models", lambda *them: loaded.append([model.dtype for model in them]))
+    more = world | dict(eval_data="none", out_dir=tmp_path / "run")
+    run("opd", **more)
+    assert models.load_model(world["student"], "auto").dtype == torch.bfloat16, "so do evaluate.py and look.py"
+    said = capsys.readouterr().out
+    assert said.count("--precision auto is bf16: a product takes 2.0 ms in fp32, 1.0 ms in bf16") == 2
+    seconds[torch.bfloat16] = 3e-3
+    run("opd", **more | dict(steps=4))
+    assert "--precision auto" not in capsys.readouterr().out and recorded("run") == "bf16"
+    assert loaded == [[torch.float32, torch.bfloat16, torch.bfloat16]] * 2
+    seconds[torch.bfloat16], size[0] = 1e-3, 9_999_999
+    run("opd", **more | dict(steps=1, out_dir=tmp_path / "tiny"))
+    assert recorded("tiny") == "fp32" and loaded[2] == [torch.float32] * 3
 
 
 @pytest.mark.parametrize("script", ["opd", "curriculum"])
-def test_prompts_without_answers_are_enough(script, world, tmp_path, curves):
-    """--eval_data none: a teacher needs no answers, so neither does a run."""
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i} words."} for i in range(12)])
-    run(script, **arguments_of(script, world, data=prompts, eval_data="none"), out_dir=tmp_path / "run")
-    rows = read_log(tmp_path / "run")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert not any(key.startswith(("avg_at_k", "eval_")) for row in rows for key in row) and rows[-1]["entropy"] > 0
-    assert (tmp_path / "run/model").exists() and (tmp_path / "run/curves.png").stat().st_size > 1000
-    assert not list(tmp_path.glob("run/responses-*"))
-
-
-def test_a_config_of_which_no_model_can_be_made_is_left_to_the_checks_that_explain_it(world, monkeypatch):
-    """On processors made for bf16 --precision auto counts parameters, and did so before anything had been checked."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    config = transformers.AutoConfig.from_pretrained(world["student"], vocab_size=290, pad_token_id=300)
-    monkeypatch.setattr(models, "_load_config", lambda path, role: config)
-    assert models.resolve_precision(opd.Args(**world)) == "fp32"
-
-
-def test_a_trained_model_has_fp32_weights_at_any_precision(world):
-    """At a learning rate of 5e-7 an update of a bf16 weight would be rounded away."""
-    student = load_model(world["student"], opd.Args(precision="bf16"), trainable=True)
-    assert {p.dtype for p in student.parameters()} == {torch.float32} and student.autocasts
-
-
-def test_checkpointing_and_the_teachers_device_change_no_number(world, tmp_path):
-    """And the record holds the precision that "auto" stood for."""
-    run("opd", **world, out_dir=tmp_path / "plain")
-    run("opd", **world, gradient_checkpointing=True, teacher_device="cpu", out_dir=tmp_path / "checkpointed")
-    assert read_log(tmp_path / "plain") == read_log(tmp_path / "checkpointed")
-    assert json.loads((tmp_path / "plain/args.json").read_text())["precision"] in ("fp32", "bf16")
-
-
-def test_rl_leaves_out_problems_without_an_answer(tmp_path, capsys):
-    rows = [GSM8K, *(GSM8K | {"answer": answer} for answer in ("", None, 0))]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    assert [p.answer for p in tasks.load_problems(path, True, skip_unanswered=True)] == ["72", "0"]
-    assert "left out 2 rows" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="row 2"):
-        tasks.load_problems(path, True)
+def test_prompts_without_answers_are_enough_and_the_first_is_shown(script, world, tmp_path, curves, recwarn, capsys):
+    """--eval_data none: a teacher needs no answers, so neither does a run. And checkpointing changes no number."""
+    data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i} words."} for i in range(12)])
+    for name in ("true", "false"):
+        more = dict(data=data, eval_data="none", gradient_checkpointing=name, out_dir=tmp_path / name)
+        run(script, **arguments_of(script, world, **more))
+    begins = f"{data}: 12 problems, from column `prompt`. The first prompt:\n    <|im_start|>user\n    Say 0 words.<|"
+    rows, files = read_log(tmp_path / "true"), {path.name for path in (tmp_path / "true").iterdir()}
+    assert begins in capsys.readouterr().out and rows == read_log(tmp_path / "false")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[-1]["entropy"] > 0
+    assert not any(key.startswith(("avg_at_k", "eval_")) for row in rows for key in row)
+    assert files == {"args.json", "log.jsonl", "checkpoint-3", "model", "curves.png"}
+    assert not [warning for warning in recwarn if "legend" in str(warning.message)]

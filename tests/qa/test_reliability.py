@@ -1,32 +1,35 @@
-"""A run loses nothing: killed anywhere, again and again, or out of disk space, it continues as if nothing had been."""
+"""A run loses nothing: killed anywhere, again and again, or out of disk space, it goes on as if nothing had been."""
 
 import importlib
-import inspect
 import itertools
+import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
-from conftest import SCRIPTS, arguments_of, even_length, read_log, run
+from conftest import ROOT, SCRIPTS, arguments_of, argv, even_length, read_log, run
+from test_scripts import load
 
-from common import TeacherRollouts
-from plumbing import fast, runs
-from plumbing.runs import Run
+import curriculum
+import grpo
+import plumbing.run
+from plumbing.run import Run, checkpoints
 
-LONGER = dict(steps=6, save_every=2, eval_every=3, eval_k=1, updates_per_step=2)
-CLOSING = dict(lengths="2,4,6", h_min=4.585, on_closed="continue")  # the curriculum's gate opens once, and closes
+LONGER = dict(steps=6, save_every=2, eval_every=2, eval_k=1, updates_per_step=2, estimator="sampled")
 
 
 class Killed(BaseException):
     """What kill -9 leaves behind: no handler of the program's own runs."""
 
 
-def die_at(patch, module, name, nth, before):
-    """Let the nth call of module.name be the last thing the process does: `before` it, or after its work is done."""
+def kill_at(module, name, nth, before, **arguments):
+    """Run a script whose last deed is the nth call of module.name: `before` it, or after its work is done."""
     original, calls = getattr(module, name), itertools.count(1)
 
     def fatal(*args, **kwargs):
@@ -36,76 +39,109 @@ def die_at(patch, module, name, nth, before):
             raise Killed
         return result
 
-    patch.setattr(module, name, fatal)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, name, fatal)
+        run(**arguments)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same(cut, whole):
+    """Same logs, same weights, same files, nothing half-written."""
+    assert read_log(cut) == read_log(whole) and sorted(os.listdir(cut)) == sorted(os.listdir(whole))
+    assert all(map(torch.equal, load(cut / "model").parameters(), load(whole / "model").parameters()))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, tmp_path, monkeypatch):
-    """Eleven kills on the way to one result: while sampling, scoring, updating, evaluating, logging, saving."""
-    module, arguments = importlib.import_module(script), arguments_of(script, world, **LONGER, **CLOSING)
-    if script == "grpo":
-        monkeypatch.setattr(module, "grade", even_length)
-    run(script, **arguments, out_dir=tmp_path / "whole/run")
-    cut = tmp_path / "cut/run"
-    own = "sample(student" in inspect.getsource(module)  # prefixes of its own
-    source = (module, "sample") if own else (TeacherRollouts, "__call__")
-    transition = [(Run, "save_state", 1, True), (Run, "save_state", 2, True)]  # before and after "stable" is written
-    places = [
-        (Run, "_evaluate", 1, True),  # before the first update
-        *(transition if script == "curriculum" else []),
-        (*source, 2, False),
-        (fast, "response_hidden", 5, False),  # while scoring
-        (torch.nn.utils, "clip_grad_norm_", 3, False),  # before the update of step 3, with step 2 saved
-        (Run, "_log", 1, False),
-        (Run, "_evaluate", 1, False),
-        (runs.dcp, "save", 1, True),  # while saving: nothing written
-        (runs.dcp, "save", 1, False),  # ... weights, but not how far the run is
-        (shutil, "rmtree", 1, False),  # ... all of it, under its provisional name
-        (shutil, "rmtree", 2, True),  # ... the new state, and the old one still there
-        (runs, "draw_curves", 1, False),  # all steps done, no model yet
-        (transformers.PreTrainedModel, "save_pretrained", 1, False),  # weights, but no tokenizer
-    ]
-    kills = 0
-    for module_or_library, name, nth, before in places:
-        with pytest.MonkeyPatch.context() as patch:
-            die_at(patch, module_or_library, name, nth, before)
-            try:
-                run(script, **arguments, out_dir=cut)
-            except Killed:
-                kills += 1
-        if name == "_log":
-            with open(cut / "log.jsonl", "a") as file:
-                file.write('{"step": 3, "los')
-    assert kills >= 11 and not (cut / "model").exists()
-    run(script, **arguments, out_dir=cut)
-    rows = read_log(cut)
-    assert rows == read_log(tmp_path / "whole/run")
-    gates = [row["gate_open"] for row in rows if "gate_open" in row]
-    assert gates == ([True, False] if script == "curriculum" else [])
-    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / d / "run/model") for d in ("cut", "whole")]
-    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models)))
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, tmp_path, monkeypatch, curves):
+    """The curriculum's gate opens at step 2 and closes at step 4. Losses and rollouts draw random numbers."""
+    gate = lambda *a, max_new_tokens, **k: [dict(nats=2 / max_new_tokens, length=1)]
+    monkeypatch.setattr(curriculum, "respond", gate)
+    monkeypatch.setattr(grpo, "grade", even_length)
+    module, cut = importlib.import_module(script), tmp_path / "cut"
+    arguments = dict(script=script) | arguments_of(script, world, **LONGER, on_closed="continue", h_min=0.9)
+    run(**arguments, out_dir=tmp_path / "whole")
+    prefixes, tensors = "sample" if hasattr(module, "sample") else "teacher_rollouts", plumbing.run.torch
+    for owner, name, nth, before, left in (
+        (module, "evaluate", 1, True, []),  # before the first update
+        (module, prefixes, 2, False, []),
+        (tensors, "save", 1, False, []),  # all is written, under its provisional name: also the curriculum's open gate
+        (module, "evaluate", 2, True, [2]),  # a checkpoint comes before the evaluation of its step
+        (torch.nn.utils, "clip_grad_norm_", 1, True, [2]),  # before the update of step 3
+        (Run, "log", 2, False, [2]),  # row 3, here cut short
+        (tensors, "save", 1, True, [2]),  # weights, but not how far the run is: also the curriculum's closed gate
+        (shutil, "rmtree", 3, True, [2, 4]),  # the new checkpoint, and the old one still there
+        (module, "evaluate", 1, True, [2, 4]),  # between checkpoint and evaluation
+        (module, "evaluate", 1, False, [2, 4]),  # between evaluation and row
+        (Run, "log", 1, False, [2, 4]),  # the checkpoint's own row, cut short
+        (transformers.PreTrainedModel, "save_pretrained", 2, False, [6]),  # weights of model/, but no tokenizer
+        (plumbing.run, "draw_curves", 1, True, [6]),  # no curves
+    ):
+        kill_at(owner, name, nth, before, **arguments, out_dir=cut)
+        assert sorted(checkpoints(cut)) == left
+        if name == "log":
+            row = (cut / "log.jsonl").read_text(encoding="utf-8")
+            (cut / "log.jsonl").write_text(row[:-9], encoding="utf-8")
+    run(**arguments, out_dir=cut)
+    same(cut, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("limit", [0, 2000, 60_000])
+@pytest.mark.parametrize("limit", [0, 2500, 60_000])
 def test_a_full_disk_costs_nothing(limit, world, tmp_path, capsys):
     """No file can grow past `limit` bytes: the operating system fails the write. Nothing is written in place: the last
-    good state is intact, and with room again the run goes on from it. (capsys: else pytest's own captures are files.)"""
-    arguments = arguments_of("opd", world, **LONGER)
-    run("opd", **arguments, out_dir=tmp_path / "whole")
-    cut = tmp_path / "cut"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # a run that has saved step 2
-        die_at(patch, Run, "_evaluate", 2, True)
-        run("opd", **arguments, out_dir=cut)
-    state = lambda: {path.name: path.read_bytes() for path in (cut / "state-2").iterdir()}  # noqa: E731
-    before = state()
+    checkpoint is intact, and with room again the run goes on from it. (capsys: else pytest's captures are files.)"""
+    arguments, cut = dict(script="opd") | arguments_of("opd", world, **LONGER), tmp_path / "cut"
+    run(**arguments, out_dir=tmp_path / "whole")
+    kill_at(importlib.import_module("opd"), "evaluate", 2, True, **arguments, out_dir=cut)
+    before = contents(cut / "checkpoint-2")
     handler, old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
-        with pytest.raises((OSError, dcp.api.CheckpointException)):
-            run("opd", **arguments, out_dir=cut)
+        with pytest.raises((SystemExit, OSError), match="cannot write|File too large"):
+            run(**arguments, out_dir=cut)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
-    assert state() == before
+    assert contents(cut / "checkpoint-2") == before
+    run(**arguments, out_dir=cut)
+    same(cut, tmp_path / "whole")
+
+
+def test_signals_from_outside(world, tmp_path):
+    """A real process. Asked to stop it says so, finishes the step, saves, and says how to go on."""
+    arguments, cut = world | dict(steps=60, save_every=5, eval_every=0), tmp_path / "cut"
+    command = [sys.executable, str(ROOT / "opd.py"), *argv(arguments), "--out_dir", str(cut)]
+    for sent, rows in ((signal.SIGKILL, 7), (signal.SIGINT, 13), (signal.SIGTERM, 19)):
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
+        process = subprocess.Popen(command, **pipes, cwd=tmp_path)
+        while process.poll() is None and len(plumbing.run.read_lines(cut / "log.jsonl")) < rows:
+            time.sleep(0.01)
+        process.send_signal(sent)
+        said = process.communicate()[0]
+        now, then = said.find("stopping: the step under way"), said.find("the same command goes on from there")
+        assert sent == signal.SIGKILL or process.returncode == 1 and 0 < now < then and "Traceback" not in said, said
     run("opd", **arguments, out_dir=cut)
-    assert read_log(cut) == read_log(tmp_path / "whole")
+    run("opd", **arguments, out_dir=tmp_path / "whole")
+    same(cut, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_finished_run_is_refused_and_goes_on_with_more_steps(script, world, tmp_path, monkeypatch):
+    """... as one that was that long from the start, also where it is killed as it goes on; but not the curriculum's."""
+    monkeypatch.setattr(grpo, "grade", even_length)
+    arguments = arguments_of(script, world, **LONGER | dict(steps=4), warmup_steps=5) | {"out_dir": tmp_path / "run"}
+    run(script, **arguments)
+    before, bad = contents(tmp_path / "run"), [({}, "is finished"), (dict(steps=3), "--steps was 4, now 3")]
+    bad += [(dict(lr=0.1, seed=1), "--lr was 0.001, now 0.1; --seed was 0, now 1")]
+    for change, pattern in bad + [(dict(steps=6), "--steps was 4, now 6")] * (script == "curriculum"):
+        with pytest.raises(SystemExit, match=pattern) as refused:
+            run(script, **arguments | change)
+        assert "\n" not in refused.value.code and contents(tmp_path / "run") == before
+    if script != "curriculum":
+        longer = arguments | dict(steps=6)
+        kill_at(Run, "steps", 1, True, script=script, **longer)
+        run(script, **longer | dict(save_every=7))
+        run(script, **longer | dict(out_dir=tmp_path / "whole"))
+        same(tmp_path / "run", tmp_path / "whole")
