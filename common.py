@@ -350,6 +350,8 @@ def check_models(*models):
         if model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False):
             with contextlib.suppress(Exception):
                 model.cache_kind = "dynamic" if _trouble(model, "static") else "compiled"
+        if hasattr(model, "reshard"):  # FSDP: a forward pass without a backward pass leaves its root gathered
+            model.reshard()
 
 
 def _trouble(model, cache):

@@ -48,6 +48,7 @@ def main(args: Args):
     check_args(args)
     settings = {name: getattr(args, name) for name in ("model", "instruction", "thinking", "top_p", "top_k", "seed")}
     settings |= {"temperature": args.eval_temperature, "max_new_tokens": args.eval_max_new_tokens}
+    settings |= {"eval_data": args.eval_data, "eval_problems": args.eval_problems, "n": args.eval_n or args.eval_k}
     path, known = Path(args.out_file), []
     if not path.parent.is_dir() or args.out_file and path.is_dir():  # said now, not after an hour of sampling
         refuse(f"cannot write --out_file {args.out_file!r}: it must be a file in a folder that is there")

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from plumbing.processes import (
     whole,
 )
 
-# What cannot change the result of a run, and may therefore differ when it is continued.
+# What changes memory, and at most which random numbers are drawn: it may differ when a run is continued.
 FREE_ARGS = {
     "out_dir", "micro_batch_size", "rollout_batch_size", "eval_batch_size", "save_every", "keep_checkpoints",
     "gradient_checkpointing",
@@ -116,11 +117,11 @@ class Run:
         if is_main():  # only now: a run that was refused leaves nothing behind
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(self.out / "model", ignore_errors=True)  # of a run that now gets longer
                 write_file(self.out / "args.json", dataclasses.asdict(self.args) | {"inputs": self.inputs})
                 write_file(log, rows)
             except OSError as error:
                 refuse(f"cannot write to --out_dir {self.args.out_dir!r} ({error}): choose another directory")
-            shutil.rmtree(self.out / "model", ignore_errors=True)  # of a run that now gets longer
             if self.step:
                 print(f"continuing {self.args.out_dir} after step {self.step}")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -191,6 +192,7 @@ class Run:
         """A line above the progress bar, from one process."""
         if is_main():
             tqdm.write(text)
+            sys.stdout.flush()  # a pipe would keep it back
 
     def log(self, evaluation=None):
         """Write the row to log.jsonl, and, of an evaluation, its metrics, too, its responses to a file, and a line."""
@@ -243,9 +245,10 @@ class Run:
 
     def finish(self, student):
         """Write model/ and curves.png."""
-        write_checkpoint(self.out / "model", student, self.tokens)
         if is_main():
             draw_curves(self.out)
+        write_checkpoint(self.out / "model", student, self.tokens)
+        if is_main():
             print(f"done: {self.out / 'model'} is the trained student, {self.out / 'curves.png'} the course of the run")
         barrier()  # nobody leaves while the others still need him
 
@@ -258,6 +261,7 @@ def write_checkpoint(path, model, tokens, training_state=None):
         ends = dict(eos_token_id=list(tokens.end_ids), pad_token_id=tokens.end_ids[0])
         model.generation_config = transformers.GenerationConfig(**ends)
         partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
         try:
             model.save_pretrained(partial, state_dict={name: x.detach().cpu() for name, x in weights.items()})
             tokens.tokenizer.save_pretrained(partial)
@@ -330,7 +334,7 @@ def write_file(path, content):
 def read_lines(path):
     """The rows of a JSONL file that this program wrote, if it did; a line that a kill cut short is left out."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines() if os.path.exists(path) else ():
+    for line in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
