@@ -21,7 +21,7 @@ from transformers import CompileConfig, DynamicCache, TopKLogitsWarper, TopPLogi
 
 from plumbing.arguments import refuse
 from plumbing.grading import find_answer, grade
-from plumbing.models import autocast, compute_dtype, sequence_flops, static_cache
+from plumbing.models import autocast, can_be_compiled, compute_dtype, sequence_flops, static_cache
 from plumbing.processes import body, gather, is_main, rank_and_world
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def check_models(*models):
             trouble = f"{type(error).__name__}: {error}"
         if trouble:
             refuse(f"take another model: {type(model).__name__} cannot be sampled or scored here ({trouble})")
-        if model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False):
+        if model.device.type == "cuda" and can_be_compiled(model):
             with contextlib.suppress(Exception):
                 model.cache_kind = "dynamic" if _trouble(model, "static") else "compiled"
         if hasattr(model, "reshard"):  # FSDP: a forward pass without a backward pass leaves its root gathered
@@ -411,7 +411,10 @@ def summarize(records, k):
     """Metrics of records: avg_at_k (mean accuracy), pass_at_k (unbiased), eval_len (mean length, tokens), eval_ended
     (share finished), eval_marked (share with a marked answer), each also as name_ci, the half-width of its normal 95 %
     interval over problems; eval_entropy (nats per token), problems (how many)."""
-    problems = [[r for r in records if r["problem"] == i] for i in dict.fromkeys(r["problem"] for r in records)]
+    by_problem = {}
+    for record in records:
+        by_problem.setdefault(record["problem"], []).append(record)
+    problems = by_problem.values()
     keys, metrics = {"avg_at_k": "correct", "eval_len": "length", "eval_ended": "ended", "eval_marked": "marked"}, {}
     columns = {name: [np.mean([r[key] or 0 for r in one]) for one in problems] for name, key in keys.items()}
     counts = [(len(one), sum(bool(r["correct"]) for r in one)) for one in problems]
@@ -427,9 +430,10 @@ def evaluate(model, problem_sets, tokens, args):
     """Sample --eval_k responses to every problem of all sets (one if greedy), and grade them. -> metrics as summarize
     has them, of several sets the means, and `name/set` for each; and the records, each with its set"""
     n, results, records = args.eval_k if args.eval_temperature else 1, {}, []
+    longest = max(len(p.prompt) for problems in problem_sets.values() for p in problems)  # one shape for all sets
     sampling = dict(max_new_tokens=args.eval_max_new_tokens, temperature=args.eval_temperature)
+    sampling |= dict(batch_size=args.eval_batch_size, prompt_len=longest)
     for name, problems in problem_sets.items():
-        sampling |= dict(batch_size=args.eval_batch_size, prompt_len=max(len(p.prompt) for p in problems))
         found = respond(model, problems, tokens, n, seed_of(args.seed, "evaluate", name), **sampling)
         results[name] = summarize(found, args.eval_k)
         records += [{"set": name} | record for record in found]

@@ -20,7 +20,7 @@ from plumbing.arguments import check_args, parse, refuse
 from plumbing.data import load_problem_sets
 from plumbing.models import load_model, load_tokens
 from plumbing.processes import is_main
-from plumbing.run import read_lines, start, write_file
+from plumbing.run import append_lines, read_lines, start, write_file
 
 
 @dataclass
@@ -61,22 +61,27 @@ def main(args: Args):
     model = load_model(args.model, args.precision)
     check_models(model)
 
-    n, rows = (args.eval_n or args.eval_k) if args.eval_temperature else 1, []
+    n, rows, appending = (args.eval_n or args.eval_k) if args.eval_temperature else 1, [], False
     sampling = dict(max_new_tokens=args.eval_max_new_tokens, temperature=args.eval_temperature, top_p=args.top_p)
-    sampling |= dict(top_k=args.top_k, batch_size=args.eval_batch_size)
+    longest = max(len(p.prompt) for problems in sets.values() for p in problems)
+    sampling |= dict(top_k=args.top_k, batch_size=args.eval_batch_size, prompt_len=longest)
     for name, problems in sets.items():
         size = max(1, args.eval_batch_size // n)  # problems at a time
-        sampling["prompt_len"] = max(len(p.prompt) for p in problems)
         for first in tqdm(range(0, len(problems), size), desc=name, leave=False, disable=not is_main()):
             part = problems[first : first + size]
             if len(known) >= len(rows) + n * len(part):  # done before a kill
                 rows = known[: len(rows) + n * len(part)]
                 continue
             records = respond(model, part, tokens, n, seed_of(args.seed, "evaluate", name, first), **sampling)
-            rows += [dict(set=name, **record | {"problem": record["problem"] + first}) for record in records]
-            rows[0]["settings"] = settings
+            new = [dict(set=name, **record | {"problem": record["problem"] + first}) for record in records]
+            if not rows:
+                new[0]["settings"] = settings
             if args.out_file and is_main():
-                write_file(path, rows)
+                if not appending:  # what a kill has left of a batch is cut off
+                    write_file(path, rows)
+                append_lines(path, new)
+                appending = True
+            rows += new
     if not is_main():
         return
 

@@ -230,10 +230,20 @@ def identity(path):
     return path and getattr(load_config(path, "model"), "_commit_hash", None)
 
 
+def can_be_compiled(model):
+    """Whether a decode step can be compiled once and for all: the cache of a sliding window counts in Python, and each
+    number would compile anew."""
+    layers_of_cache = transformers.StaticCache(config=model.config, max_cache_len=8).layers
+    torch._dynamo.config.recompile_limit = 64  # shapes of a curriculum, of evaluation and gate; 8 by default
+    return getattr(model, "_can_compile_fullgraph", False) and not any(layer.is_sliding for layer in layers_of_cache)
+
+
 def static_cache(model, rows, columns):
     """A cache of this size, emptied; the same one every time, since a recorded step holds its addresses."""
     caches = model.__dict__.setdefault("static_caches", {})
     if (rows, columns) not in caches:
+        if len(caches) == 3:  # rollouts, evaluation, a gate: what else there was, a curriculum has outgrown
+            del caches[next(iter(caches))]
         caches[rows, columns] = transformers.StaticCache(config=model.config, max_cache_len=columns)
     caches[rows, columns].reset()
     return caches[rows, columns]

@@ -201,8 +201,7 @@ class Run:
         if is_main() and not self.logged:
             if evaluation:
                 write_file(self.out / f"responses-{self.step}.jsonl", evaluation[1])
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.row) + "\n")
+            append_lines(self.out / "log.jsonl", [self.row])
             if evaluation:
                 k = self.args.eval_k if self.args.eval_temperature else 1
                 self.say(f"step {self.step:4d}  {in_words(self.row, k)}")
@@ -329,6 +328,12 @@ def write_file(path, content):
     partial = Path(str(path) + ".partial")
     partial.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def append_lines(path, rows):
+    """Append rows to a JSONL file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_lines(path):
