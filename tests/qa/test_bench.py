@@ -45,3 +45,43 @@ def losses_and_gradients(batch, student, teacher, losses, **options):
     weights = batch.mask / batch.mask.sum()
     found = [loss(reverse_kl, student, teacher, batch, weights, **options)[0] for loss in losses]
     return [[loss.detach(), *torch.autograd.grad(loss, list(student.parameters()))] for loss in found]
+
+
+@pytest.mark.parametrize("cut", [None, 250])
+def test_plain_has_our_loss_and_gradient(cut):
+    """Given the same responses to prompts of two lengths. (What it draws are other numbers.)"""
+    small = case(vocab=256)
+    student, teacher = (bench.load_model(small, None, shape, "fp32") for shape in (small.student, small.teacher))
+    prompts = bench.random_prompts(small, step=0)
+    assert prompts == bench.random_prompts(small, step=0) != bench.random_prompts(small, step=1)
+    assert [len(prompt) for prompt in prompts] == [8, 4] * 8 and min(map(min, prompts)) > 0
+    batch = bench.plain_sample(student.requires_grad_(), prompts, max_new_tokens=8, seed=0)
+    assert batch.mask.sum() == 16 * 8 and [len(ids) for ids in batch.responses()] == [8] * 16
+    losses = (distillation_loss, bench.plain_loss)
+    for ours, plain in zip(*losses_and_gradients(batch, student, teacher, losses, vocab_size=cut)):
+        torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-6)
+
+
+@needs_trl
+@pytest.mark.parametrize("precision, rtol", [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_trl_has_our_loss_and_gradient(precision, rtol, monkeypatch):
+    """In its first step. In bf16 it computes the student's part in fp32, past the forward pass that is wrapped."""
+    import trl
+
+    step, small = trl.DistillationTrainer.training_step, case(precision=precision, micro_batch_size=8)
+    seen = []
+
+    def checked(trainer, model, inputs, *args):
+        loss, found = step(trainer, model, inputs, *args), trainer._buffered_inputs[0]
+        if not seen:
+            prompts = [ids[mask > 0].tolist() for ids, mask in zip(found["prompt_ids"], found["prompt_mask"])]
+            batch = make_rollouts(prompts, found["completion_ids"].tolist(), [False] * 8, model.device)
+            model.autocasts = False
+            ours, *gradient = losses_and_gradients(batch, model, trainer.teacher_model, [distillation_loss])[0]
+            seen.append((2 * loss / ours, [2 * p.grad - g for p, g in zip(model.parameters(), gradient)], gradient))
+        return loss
+
+    monkeypatch.setattr(trl.DistillationTrainer, "training_step", checked)
+    bench.measure("trl", small)
+    (ratio, differences, gradient), norm = seen[0], torch.nn.utils.get_total_norm
+    assert abs(ratio - 1) < rtol and norm(differences) < 10 * rtol * norm(gradient)

@@ -72,7 +72,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(script, world, 
         (torch.nn.utils, "clip_grad_norm_", 1, True, [2]),  # before the update of step 3
         (Run, "log", 2, False, [2]),  # row 3, here cut short
         (tensors, "save", 1, True, [2]),  # weights, but not how far the run is: also the curriculum's closed gate
-        (shutil, "rmtree", 3, True, [2, 4]),  # the new checkpoint, and the old one still there
+        (shutil, "rmtree", 4, True, [2, 4]),  # the new checkpoint, and the old one still there
         (module, "evaluate", 1, True, [2, 4]),  # between checkpoint and evaluation
         (module, "evaluate", 1, False, [2, 4]),  # between evaluation and row
         (Run, "log", 1, False, [2, 4]),  # the checkpoint's own row, cut short
