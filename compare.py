@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.arguments import parse, refuse
+from plumbing.arguments import check_args, parse, refuse
 from plumbing.run import read_lines
 from toy import findings
 
@@ -36,13 +36,13 @@ class Args:
     dirs: list[str] = field(default_factory=list)  # output directories to draw together, instead of the findings
     out_dir: str = "runs/compare"  # where runs, tables and figures go
     worlds: str = "toy"  # folders as toy/build.py makes them, by commas; figures and table show the first
-    seeds: int = 5  # runs of each kind in the first world, seeds 0, 1, ...; >= 1
-    other_seeds: int = 1  # runs of each kind in the other worlds, for the signs; >= 1
-    workers: int = 2  # runs at the same time, one thread each; >= 1
-    steps: int = 150  # updates of every distillation run; >= 1
-    short: int = 8  # the short training length, tokens: a response's first line and a half; >= 1
-    length: int = 96  # the long one, where everything is cut: several times a response; >= 1
-    rl_steps: int = 60  # updates of the RL that follows; >= 1
+    seeds: int = 5  # runs of each kind in the first world, seeds 0, 1, ...
+    other_seeds: int = 1  # runs of each kind in the other worlds, for the signs
+    workers: int = 2  # runs at the same time, one thread each
+    steps: int = 150  # updates of every distillation run
+    short: int = 8  # the short training length, tokens: a response's first line and a half
+    length: int = 96  # the long one, where everything is cut: several times a response
+    rl_steps: int = 60  # updates of the RL that follows
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -216,6 +216,7 @@ def draw(groups, path, title, panels, lines):
 
 
 def main(args: Args):
+    check_args(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse("compare.py starts processes of its own: run it without torchrun")
     if args.dirs:

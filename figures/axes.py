@@ -2,8 +2,8 @@
 
     python -m figures.axes
 
-The probabilities are an example; the arrows are computed, by common.py: how a step of gradient descent on each KL pushes
-the student's logits, which is minus the gradient, p − q for forward KL and q · (KL − log q/p) for reverse KL.
+The probabilities are an example. The arrows are computed, by common.py: how a step of gradient descent on each KL
+pushes the student's logits, which is minus the gradient, p − q for forward KL and q · (KL − log q/p) for reverse KL.
 """
 
 from pathlib import Path
@@ -26,7 +26,8 @@ PATHS = {
 }
 PULLS = {"forward": (forward_kl, "forward KL: cover"), "reverse": (reverse_kl, "reverse KL: avoid")}
 SCRIPTS = {
-    ("teacher", "forward"): ("sft_offpolicy.py", "SFT"), ("teacher", "reverse"): ("offline_rl_distill.py", "offline RL"),
+    ("teacher", "forward"): ("sft_offpolicy.py", "SFT"),
+    ("teacher", "reverse"): ("offline_rl_distill.py", "offline RL"),
     ("student", "forward"): ("dagger_onpolicy.py", "DAgger"), ("student", "reverse"): ("opd.py", "OPD"),
 }  # fmt: skip
 

@@ -151,6 +151,10 @@ def load_student(args):
     args.precision becomes what "auto" stands for."""
     student = load_model(args.student, "fp32").requires_grad_()
     args.precision = faster_precision(student) if args.precision == "auto" else args.precision
+    defaults = [name for name in ("data", "eval_data", "lr") if getattr(args, name) == getattr(type(args), name)]
+    if defaults and student.num_parameters() >= 10e6 and is_main():
+        values = ", ".join(f"--{name} {getattr(args, name)}" for name in defaults)
+        print(f"warning: {values}: made for the toy; others take an lr of 5e-7 to 2e-6, begin from recipes/")
     sampler = student
     if args.precision == "bf16" or dist.is_initialized():
         sampler = cast(copy.deepcopy(student).requires_grad_(False), args.precision)

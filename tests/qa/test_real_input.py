@@ -206,3 +206,14 @@ def test_prompts_without_answers_are_enough_and_the_first_is_shown(script, world
     assert not any(key.startswith(("avg_at_k", "eval_")) for row in rows for key in row)
     assert files == {"args.json", "log.jsonl", "checkpoint-3", "model", "curves.png"}
     assert not [warning for warning in recwarn if "legend" in str(warning.message)]
+
+
+def test_a_real_model_with_what_is_made_for_the_toy_is_warned_of(world, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda self: 11_000_000)
+    given = {"data": world["data"], "eval_data": "none", "lr": 1e-5}
+    for left_out in (None, *given):
+        some = {name: value for name, value in given.items() if name != left_out}
+        models.load_student(opd.Args(student=world["student"], precision="fp32", **some))
+        assert re.findall(r"warning: --(\w+) \S+: made for the toy", capsys.readouterr().out) == [left_out] * bool(
+            left_out
+        )
