@@ -202,8 +202,12 @@ def head_of(model, vocab_size=None):
 
 
 def logits_of(model, hidden, weight, bias=None):
-    """(n, H) -> (n, V), with Gemma's bound on logits. A head that does anything else is refused by check_models."""
-    logits = F.linear(hidden.to(weight.dtype), weight, bias)
+    """(n, H) -> (n, V). A head that does anything else is refused by check_models."""
+    return capped(model, F.linear(hidden.to(weight.dtype), weight, bias))
+
+
+def capped(model, logits):
+    """Logits within Gemma's bound, where the model has one."""
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -212,30 +216,37 @@ def weighted_loss(token_loss, model, batch, token_weights, vocab_size=None, chun
     """Σ token_weights · token_loss(logits (n, V), c) -> (n,), for a chunk c of the N response tokens at a time, in the
     order of tensor[batch.mask]. -> loss (), and Σ token_weights · H(q) (), detached."""
     hidden, weights, head = response_hidden(model, batch), token_weights[batch.mask], model.get_output_embeddings()
-    chunk = chunk or max(64, 2**25 // len(head.weight))  # a chunk's logits take 128 MiB in fp32
+    if chunk is None:  # what fits a GPU's memory; on a CPU its cache, if that is worth a pass over the head
+        V, H = head.weight.shape
+        chunk = max(1, 2**25 // V) if hidden.is_cuda else max(3_000_000 // V, H // 12, 1)
     return _InChunks.apply(model, token_loss, weights, vocab_size, chunk, hidden, *head.parameters())
 
 
 class _InChunks(torch.autograd.Function):
     """LM head and token loss for some tokens at a time: N × V logits would be gigabytes. The gradient of a chunk is
-    formed at once, and its logits are freed. The head's gradients are added up in fp32."""
+    formed at once, and its logits are freed. In logit space it is Proposition 1: for forward KL q − p, for reverse KL
+    q · (log q/p − KL). The head's gradients are added up in fp32."""
 
     @staticmethod
-    def forward(ctx, model, token_loss, weights, vocab_size, chunk, hidden, *parameters):
-        head = [x.requires_grad_() for x in head_of(model, vocab_size)]
-        grad_hidden, *grad_parameters = (torch.zeros_like(x) for x in (hidden, *parameters))
+    def forward(ctx, model, token_loss, weights, vocab_size, chunk, hidden, weight, *bias):
+        head = head_of(model, vocab_size)
+        grad_hidden, grad_weight, *grad_bias = (torch.zeros_like(x) for x in (hidden, weight, *bias))
         loss, mean_entropy = weights.new_zeros(2)
         for c in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
+            states = hidden[c].to(head[0].dtype)  # (n, H)
+            logits = F.linear(states, *head).requires_grad_()  # (n, V), a leaf
             with torch.enable_grad():
-                states = hidden[c].detach().requires_grad_()  # (n, H)
-                logits = logits_of(model, states, *head)  # (n, V)
-                chunk_loss = (weights[c] * token_loss(logits, c)).sum()
-            grad_hidden[c], *grads = torch.autograd.grad(chunk_loss, (states, *head))
-            for total, grad in zip(grad_parameters, grads):
-                total[: len(grad)] += grad  # a cropped head is shorter than the model's
-            loss = loss + chunk_loss.detach()
-            mean_entropy = mean_entropy + (weights[c] * entropy(logits.detach())).sum()
-        ctx.save_for_backward(grad_hidden, *grad_parameters)
+                losses = token_loss(capped(model, logits), c)  # (n,)
+            (grad,) = torch.autograd.grad(losses, logits, weights[c].to(losses.dtype))  # (n, V)
+            loss = loss + (weights[c] * losses.detach()).sum()
+            mean_entropy = mean_entropy + (weights[c] * entropy(capped(model, logits.detach()))).sum()
+            del logits, losses
+            grad_hidden[c] = grad @ head[0]
+            total = grad_weight[: len(head[0])]  # a cropped head is shorter than the model's
+            total = total.addmm_(grad.T, states) if grad.dtype == total.dtype else total.add_(grad.T @ states)
+            for total in grad_bias:
+                total[: grad.shape[1]] += grad.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, *grad_bias)
         ctx.mark_non_differentiable(mean_entropy)
         return loss, mean_entropy
 
