@@ -1,7 +1,5 @@
 """What compare.py runs on an embedded world, what is claimed of it, and what is drawn."""
 
-import os
-
 import numpy as np
 
 # Okabe and Ito's colours: told apart by the colour-blind too; every series has a marker of its own besides.
@@ -34,28 +32,6 @@ def plan(args, world):
     drawn = {run for _, panels, lines in figures(args).values() if panels[0][0] == "step" for *_, run in lines}
     every = lambda name, steps: max(1, steps // 3) if name in drawn | {"sft_offpolicy"} else steps  # noqa: E731
     return {name: (script, its | dict(eval_every=every(name, its["steps"]))) for name, (script, its) in runs.items()}
-
-
-def make_variants(world, out_dir):
-    """Two copies of the student, in out_dir/NAME/model, with a head of its own instead of one tied to the embedding:
-    "untied" is otherwise as it was; in "same-end" the heads of <|endoftext|> and <|im_end|> are exchanged, so that it
-    ends as its teacher does, exactly as often as it ended before, and is the same in everything else."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    for name in ("untied", "same-end"):
-        path = os.path.join(out_dir, name, "model")
-        if os.path.isdir(path):
-            continue
-        model, tokenizer = (kind.from_pretrained(f"{world}/student") for kind in (AutoModelForCausalLM, AutoTokenizer))
-        head = model.get_input_embeddings().weight.detach().clone()
-        if name == "same-end":
-            ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-            head[ends] = head[ends[::-1]]
-        model.config.tie_word_embeddings = False
-        model.lm_head.weight = type(model.lm_head.weight)(head)
-        for part in (tokenizer, model):
-            part.save_pretrained(path + ".partial")
-        os.rename(path + ".partial", path)
 
 
 def claims(args):
