@@ -2,9 +2,9 @@
 
 Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes, and which KL.
 
-B sequences of T tokens, N response tokens in all, H hidden size, V vocabulary size. q is the student, p the frozen
-teacher; arguments come in this order, although forward KL is KL(p‖q). KLs and entropies are in nats. Logits at
-position t predict token t + 1. What may be skipped lives in plumbing/.
+B sequences of T tokens, prompts of P, responses of at most R, N response tokens in all, n in a chunk; H hidden size, V
+vocabulary size. q is the student, p the frozen teacher; arguments come in this order, although forward KL is KL(p‖q).
+KLs and entropies are in nats. Logits at position t predict token t + 1.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def log_probs(logits):
 def draw(probs, generator=None):
     """One token by inverse CDF: (..., V) -> (..., 1). A third of torch.multinomial's time at V = 152k, a tenth at 256.
 
-    Without a generator the numbers are torch's own, which the scripts seed at the top of every step."""
+    Without a generator the numbers are torch's own, which the scripts seed before every loss."""
     cdf = probs.cumsum(-1, dtype=torch.float64)  # in fp32 a quarter of 152k probabilities would add nothing
     u = torch.rand(*probs.shape[:-1], 1, dtype=torch.float64, device=probs.device, generator=generator)
     return torch.searchsorted(cdf, u * cdf[..., -1:], right=True).clamp(max=probs.shape[-1] - 1)
@@ -154,8 +154,8 @@ def make_rollouts(prompts, responses, ended, device):
 
 
 def teacher_rollouts(teacher, batch, max_new_tokens):
-    """The responses that the data hold for a batch, cut at max_new_tokens. -> Rollouts, whose FLOPs are those of
-    sampling a response from the teacher, uncut, where the run uses it for the first time."""
+    """The responses that the data hold for a batch, cut at max_new_tokens. -> Rollouts. The teacher generates nothing
+    here; the FLOPs of sampling from it are counted at a response's first use, uncut."""
     cut = [response[:max_new_tokens] for response in batch.responses]
     ended = [e and len(response) <= max_new_tokens for e, response in zip(batch.ended, batch.responses)]
     rollouts = make_rollouts(batch.prompts, cut, ended, teacher.device)
@@ -168,13 +168,13 @@ def distillation_loss(
     divergence, student, teacher, batch, token_weights, end_ids=(), ends="apart", vocab_size=None, chunk=None
 ):
     """Σ token_weights · divergence(q, p) over the N response tokens of a batch. -> loss (), and Σ token_weights · H(q)
-    (), detached. Padding aside, it is, for response tokens P, P + 1, ..., T − 1,
+    (), detached and with all end tokens apart. Padding aside, for prompts of P tokens it is
 
         q_logits, p_logits = (model(ids).logits[:, P - 1 : -1] for model in (student, teacher))
-        loss = (token_weights * divergence(q_logits, p_logits)).sum()
+        loss = (token_weights[:, P:] * divergence(q_logits, p_logits)).sum()
 
     divergence: any function of two logit tensors (n, V), (n, V) -> (n,). token_weights (B, T): what each token counts,
-    such as 1 / response tokens of the global batch. ends: "as_one" compares all of end_ids as one action. vocab_size:
+    such as 1 / number of response tokens. ends: "as_one" compares all of end_ids as one action. vocab_size:
     logits beyond the ids of the tokenizer are cropped. chunk: tokens whose logits exist at a time."""
     with torch.no_grad():
         teacher_hidden, teacher_head = response_hidden(teacher, batch), head_of(teacher, vocab_size)  # (N, H_T)
@@ -216,22 +216,22 @@ def weighted_loss(token_loss, model, batch, token_weights, vocab_size=None, chun
     """Σ token_weights · token_loss(logits (n, V), c) -> (n,), for a chunk c of the N response tokens at a time, in the
     order of tensor[batch.mask]. -> loss (), and Σ token_weights · H(q) (), detached."""
     hidden, weights, head = response_hidden(model, batch), token_weights[batch.mask], model.get_output_embeddings()
-    if chunk is None:  # what fits a GPU's memory; on a CPU its cache, if that is worth a pass over the head
+    if chunk is None:  # 128 MiB of logits on a GPU; on a CPU what its cache holds, or what pays for reading the head
         V, H = head.weight.shape
         chunk = max(1, 2**25 // V) if hidden.is_cuda else max(3_000_000 // V, H // 12, 1)
     return _InChunks.apply(model, token_loss, weights, vocab_size, chunk, hidden, *head.parameters())
 
 
 class _InChunks(torch.autograd.Function):
-    """LM head and token loss for some tokens at a time: N × V logits would be gigabytes. The gradient of a chunk is
-    formed at once, and its logits are freed. In logit space it is Proposition 1: for forward KL q − p, for reverse KL
-    q · (log q/p − KL). The head's gradients are added up in fp32."""
+    """LM head and token loss for some tokens at a time: N × V logits would be gigabytes. `forward` makes the gradients,
+    too, chunk by chunk, and frees the logits; `backward` only scales them. In logit space they are Proposition 1: for
+    forward KL q − p, for reverse KL q · (log q/p − KL). The head's are added up in fp32."""
 
     @staticmethod
     def forward(ctx, model, token_loss, weights, vocab_size, chunk, hidden, weight, *bias):
         head = head_of(model, vocab_size)
         grad_hidden, grad_weight, *grad_bias = (torch.zeros_like(x) for x in (hidden, weight, *bias))
-        loss, mean_entropy = weights.new_zeros(2)
+        loss, weighted_entropy = weights.new_zeros(2)
         for c in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
             states = hidden[c].to(head[0].dtype)  # (n, H)
             logits = F.linear(states, *head).requires_grad_()  # (n, V), a leaf
@@ -239,16 +239,16 @@ class _InChunks(torch.autograd.Function):
                 losses = token_loss(capped(model, logits), c)  # (n,)
             (grad,) = torch.autograd.grad(losses, logits, weights[c].to(losses.dtype))  # (n, V)
             loss = loss + (weights[c] * losses.detach()).sum()
-            mean_entropy = mean_entropy + (weights[c] * entropy(capped(model, logits.detach()))).sum()
+            weighted_entropy = weighted_entropy + (weights[c] * entropy(capped(model, logits.detach()))).sum()
             del logits, losses
             grad_hidden[c] = grad @ head[0]
-            total = grad_weight[: len(head[0])]  # a cropped head is shorter than the model's
-            total = total.addmm_(grad.T, states) if grad.dtype == total.dtype else total.add_(grad.T @ states)
-            for total in grad_bias:
-                total[: grad.shape[1]] += grad.sum(0)
+            part = grad_weight[: len(head[0])]  # a cropped head is shorter than the model's
+            part.addmm_(grad.T, states) if grad.dtype == part.dtype else part.add_(grad.T @ states)
+            for part in grad_bias:
+                part[: grad.shape[1]] += grad.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, *grad_bias)
-        ctx.mark_non_differentiable(mean_entropy)
-        return loss, mean_entropy
+        ctx.mark_non_differentiable(weighted_entropy)
+        return loss, weighted_entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -316,7 +316,8 @@ def _decode(model, prompts, P, R, pick, end_ids, vocab_size, entropies, cache):
     rows, tokens = torch.arange(b, device=device), torch.zeros(b, R, dtype=torch.long, device=device)
     running, nats = torch.ones(b, dtype=torch.bool, device=device), torch.zeros(b, device=device)
     for t in range(R):
-        forward = model.get_compiled_call(CompileConfig(dynamic=False)) if cache == "compiled" and t else model
+        compiled = cache == "compiled" and t > 0  # not the prompts, which are read once
+        forward = model.get_compiled_call(CompileConfig(dynamic=False)) if compiled else model
         seen = mask[:, : P + t] if dynamic else mask  # a static cache hides by position what is not written yet
         output = forward(
             input_ids=ids, attention_mask=seen, position_ids=position, past_key_values=state, use_cache=True,
@@ -407,9 +408,8 @@ def respond(model, problems, tokens, n, seed, **sampling):
     if mine:
         prompts, options = [problems[i].prompt for i, _ in mine], dict(vocab_size=tokens.vocab_size, entropies=True)
         rollouts = sample(model, prompts, tokens.end_ids, seed=seed, **options, **sampling)
-        for (i, j), ids, ended, nats in zip(
-            mine, rollouts.responses(), rollouts.ended.tolist(), rollouts.nats.tolist()
-        ):
+        found = zip(mine, rollouts.responses(), rollouts.ended.tolist(), rollouts.nats.tolist())
+        for (i, j), ids, ended, nats in found:
             p, text = problems[i], tokens.decode(ids)
             record = dict(problem=i, sample=j, prompt=p.question, answer=p.answer, level=p.level, response=text)
             right, marked = None if p.answer is None else grade(text, p.answer), find_answer(text) is not None
@@ -439,7 +439,7 @@ def summarize(records, k):
 
 def evaluate(model, problem_sets, tokens, args):
     """Sample --eval_k responses to every problem of all sets (one if greedy), and grade them. -> metrics as summarize
-    has them, of several sets the means, and `name/set` for each; and the records, each with its set"""
+    has them, of several sets the means, and `metric/set` for each; and the records, each with its set"""
     n, results, records = args.eval_k if args.eval_temperature else 1, {}, []
     longest = max(len(p.prompt) for problems in problem_sets.values() for p in problems)  # one shape for all sets
     sampling = dict(max_new_tokens=args.eval_max_new_tokens, temperature=args.eval_temperature)

@@ -62,8 +62,8 @@ class Args:  # what stands behind each argument is its --help text
     eval_problems: int = 0  # of each set, evenly spread; 0: all
     eval_k: int = 8  # samples per problem: k of Avg@k and Pass@k
     eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy, and one sample
-    eval_max_new_tokens: int = 96  # tokens at which they are cut, whatever the training length
-    eval_batch_size: int = 512  # of them sampled at once
+    eval_max_new_tokens: int = 96  # tokens at which the evaluation's rollouts are cut
+    eval_batch_size: int = 512  # the evaluation's rollouts sampled at once
     save_every: int = 50  # steps between checkpoints to continue from
     keep_checkpoints: bool = False  # all of them, not just the newest
     seed: int = 0  # of everything random
@@ -92,7 +92,7 @@ def main(args: Args):
     held_out, run.problems = run.problems[-args.held_out :], run.problems[: -args.held_out]
     if not run.problems:
         refuse(f"--held_out is {args.held_out}, and leaves no row of {args.data} to train on")
-    student, sampler = load_student(args)  # what samples is the student itself, or a copy of it
+    student, sampler = load_student(args)  # the sampler is the student, or a copy that decodes faster
     teacher = load_teacher(args)
     check_models(student, sampler, teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0, fused=True)

@@ -47,8 +47,8 @@ class Args:  # what stands behind each argument is its --help text
     eval_problems: int = 0  # of each set, evenly spread; 0: all
     eval_k: int = 8  # samples per problem: k of Avg@k and Pass@k
     eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy, and one sample
-    eval_max_new_tokens: int = 96  # tokens at which they are cut, whatever the training length
-    eval_batch_size: int = 512  # of them sampled at once
+    eval_max_new_tokens: int = 96  # tokens at which the evaluation's rollouts are cut
+    eval_batch_size: int = 512  # the evaluation's rollouts sampled at once
     save_every: int = 50  # steps between checkpoints to continue from
     keep_checkpoints: bool = False  # all of them, not just the newest
     seed: int = 0  # of everything random
@@ -61,7 +61,7 @@ class Args:  # what stands behind each argument is its --help text
 
 def main(args: Args):
     run = Run(args)  # what is wrong with arguments or data is said before models load
-    student, sampler = load_student(args)  # what samples is the student itself, or a copy of it
+    student, sampler = load_student(args)  # the sampler is the student, or a copy that decodes faster
     teacher = load_teacher(args)
     check_models(student, sampler, teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -100,7 +100,7 @@ def main(args: Args):
         optimizer.zero_grad()
         refresh(sampler, student)
 
-        # (5) Keep the numbers for the log, and save. A backward pass costs two forward passes.
+        # (5) Keep the numbers for the log, and how many forward passes were made: a backward pass costs two. Save.
         run.record(rollouts, {student: 3, teacher: 1}, loss=loss, entropy=entropy, grad_norm=grad_norm, lr=lr)
         if run.save_is_due():
             run.save(student, optimizer)
