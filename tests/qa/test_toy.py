@@ -24,7 +24,7 @@ def test_the_models_are_what_docs_results_says_and_what_the_papers_effects_need(
     for role, cells in re.findall(r"^\| `toy/(teacher|student)` +\|([^\n]*)\|$", text, re.M):
         m, _ = found[role] = evaluate(load_model(f"{ROOT}/toy/{role}", "fp32"), {"toy": problems}, tokens, ARGS)
         *accuracy, h, length = map(float, cells.split("|"))
-        assert [m["eval_entropy"], m["eval_len"]] == pytest.approx([h, length], rel=0.03), role
+        assert [m["eval_entropy"], m["eval_len"]] == pytest.approx([h, length], rel=0.06), role
         assert role == "student" or [m["avg_at_k"], m["pass_at_k"]] == pytest.approx(accuracy, abs=0.01)
     (teacher, said), (student, _) = found["teacher"], found["student"]
     assert teacher["avg_at_k"] > 0.98 and teacher["eval_entropy"] > 0.15, "right in many ways"
