@@ -176,7 +176,8 @@ class Run:
         shown = {"loss": f"{numbers['loss']:.3f}", "entropy": f"{numbers['entropy']:.2f}"}
         self.bar.set_postfix(shown | {"length": f"{tokens / n:.1f}", "finished": f"{ended / n:.0%}"}, refresh=False)
         self.bar.update()
-        release_memory()
+        if max(model.num_parameters() for model in passes) > 10e6:  # the toy's is not worth it
+            release_memory()
 
     def eval_is_due(self, last=False):
         """Every --eval_every steps (0: only before and after), where there is something to evaluate on."""

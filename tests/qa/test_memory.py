@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 import opd
+import plumbing.run
 from plumbing.arguments import parse
 from plumbing.models import autocast
 from plumbing.processes import body, layers
@@ -124,3 +125,14 @@ print(resident(), release_memory(), resident())"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     kept, _, left = done.stdout.split()
     assert int(kept) - int(left) > 150
+
+
+@pytest.mark.parametrize("size, times", [(1e6, 0), (2e7, 2)])
+def test_a_large_student_gives_memory_back_after_every_step_and_the_toy_does_not(
+    size, times, world, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(plumbing.run, "release_memory", lambda: asked.append(1))
+    monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda *args, **options: size)
+    run("opd", **world | dict(steps=2, precision="fp32", eval_data="none"), out_dir=tmp_path)
+    assert len(asked) == times
