@@ -419,15 +419,16 @@ def respond(model, problems, tokens, n, seed, **sampling):
 
 
 def summarize(records, k):
-    """Metrics of records: avg_at_k (mean accuracy), pass_at_k (unbiased), eval_len (mean length, tokens), eval_ended
-    (share finished), eval_marked (share with a marked answer), each also as name_ci, the half-width of its normal 95 %
-    interval over problems; eval_entropy (nats per token), problems (how many)."""
+    """Metrics of records: avg_at_k (share solved), pass_at_k (unbiased), eval_ended (share finished), eval_useful (both
+    solved and finished), eval_marked (with a marked answer), eval_len (mean length, tokens), each also as name_ci, the
+    half-width of its normal 95 % interval over problems; eval_entropy (nats per token), problems (how many)."""
     by_problem = {}
     for record in records:
         by_problem.setdefault(record["problem"], []).append(record)
     problems = by_problem.values()
     keys, metrics = {"avg_at_k": "correct", "eval_len": "length", "eval_ended": "ended", "eval_marked": "marked"}, {}
     columns = {name: [np.mean([r[key] or 0 for r in one]) for one in problems] for name, key in keys.items()}
+    columns["eval_useful"] = [np.mean([bool(r["correct"]) and r["ended"] for r in one]) for one in problems]
     counts = [(len(one), sum(bool(r["correct"]) for r in one)) for one in problems]
     columns["pass_at_k"] = [pass_at_k(n, c, min(k, n)) for n, c in counts]
     for name, values in columns.items():

@@ -1,14 +1,12 @@
-"""Compare runs: the paper's findings, their causes switched on and off, over seeds and worlds; or any runs you have.
+"""The paper's findings against runs on the toy, or any runs of yours in one figure and one table.
 
-    python compare.py --seeds 1             all runs of the findings, one seed: the shape of it all
-    python compare.py                       ... 5 seeds, 2 runs at a time; then tables and figures
-    python compare.py runs/opd runs/sft_offpolicy        draw these output directories together, in runs/together
+    python compare.py                                # the findings: 20 kinds of run, five seeds, two more worlds
+    python compare.py runs/opd runs/sft_offpolicy    # overlay these: runs/together/overlay.png and table.md
 
-A world is a folder as toy/build.py makes it: teacher, student, problems. Every run is an ordinary run of an ordinary
-script, in --out_dir/WORLD/NAME-seed-N: one that is finished is not repeated, one that was stopped goes on. What is
-written to --out_dir: results.json (every number that the rest is made of), table.md (means over seeds, ± half the width
-of the 95 % t-interval), findings.md (what the paper says against what these runs say, as differences between runs of
-the same seed), and figures as PNG.
+Every run is an ordinary run of a script. A finished one is not repeated, and one that was stopped goes on. A world is a
+folder of toy/build.py; one that is not there is built, with the seed that its name ends in. CLAIMS was written before
+its seeds were run. A claim is *reproduced* if the 95 % interval of its effect over the first world's seeds excludes 0
+and every other world has its sign; *opposite* likewise, with the other sign; else it is *open*.
 """
 
 import concurrent.futures
@@ -16,9 +14,9 @@ import contextlib
 import importlib
 import io
 import json
-import math
 import multiprocessing
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,228 +26,225 @@ from tqdm import tqdm
 
 from plumbing.arguments import check_args, parse, refuse
 from plumbing.run import read_lines
-from toy import findings
+from toy import build
 
 
 @dataclass
 class Args:
     dirs: list[str] = field(default_factory=list)  # output directories to draw together, instead of the findings
     out_dir: str = "runs/compare"  # where runs, tables and figures go
-    worlds: str = "toy"  # folders as toy/build.py makes them, by commas; figures and table show the first
+    worlds: str = "toy,runs/toy-12,runs/toy-13"  # the first one gets all seeds, each other one seed 0
     seeds: int = 5  # runs of each kind in the first world, seeds 0, 1, ...
-    other_seeds: int = 1  # runs of each kind in the other worlds, for the signs
     workers: int = 2  # runs at the same time, one thread each
-    steps: int = 150  # updates of every distillation run
-    short: int = 8  # the short training length, tokens: a response's first line and a half
-    length: int = 96  # the long one, where everything is cut: several times a response
-    rl_steps: int = 60  # updates of the RL that follows
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# What is run, claimed and drawn
+
+
+def plan(world):
+    """{kind: (script, arguments)}. A student may be another kind of run: the model that it has trained."""
+    grpo = dict(data=f"{world}/train.jsonl", eval_data=f"{world}/eval.jsonl", save_every=10**6)
+    chat = grpo | dict(teacher=f"{world}/teacher", student=f"{world}/student")
+    base = chat | dict(student=f"{world}/base_student")
+    return {
+        "sft": ("sft_offpolicy", chat),
+        "offline_rl": ("offline_rl_distill", chat),
+        "dagger": ("dagger_onpolicy", chat),
+        "opd": ("opd", chat),
+        "opd-8": ("opd", chat | dict(max_new_tokens=8)),
+        "base-sft": ("sft_offpolicy", base),
+        "base-offline_rl": ("offline_rl_distill", base),
+        "base-dagger": ("dagger_onpolicy", base),
+        "base-opd": ("opd", base),
+        "base-opd-8": ("opd", base | dict(max_new_tokens=8)),
+        "base-opd-merged": ("opd", base | dict(ends="as_one")),
+        "base-kl_mix-0.2": ("kl_mix", base | dict(lam=0.2)),
+        "base-kl_mix-0.8": ("kl_mix", base | dict(lam=0.8)),
+        "base-curriculum": ("curriculum", base | dict(on_closed="continue")),
+        "base-curriculum-finer": ("curriculum", base | dict(on_closed="continue", lengths="6,9,12,15,18,21,32,96")),
+        "base-curriculum-no_gate": ("curriculum", base | dict(h_min=0.0)),
+        "grpo-opd": ("grpo", grpo | dict(student="opd")),
+        "grpo-base-dagger": ("grpo", grpo | dict(student="base-dagger")),
+        "grpo-base-opd": ("grpo", grpo | dict(student="base-opd")),
+        "grpo-base-opd-must_finish": ("grpo", grpo | dict(student="base-opd", must_finish=True)),
+    }
+
+
+GAINS = ["grpo-base-opd", "base-dagger"], ["grpo-base-dagger", "base-opd"]
+CLAIMS = [  # what, the sign that it gives an effect, the effect: a metric in these kinds of run, minus it in those
+    ("Reverse KL solves more than forward KL", +1, "solved", ["opd"], ["dagger"]),
+    ("Reverse KL has less entropy", -1, "entropy", ["opd"], ["dagger"]),
+    ("Student prefixes solve more at equal steps", +1, "solved", ["dagger"], ["sft"]),
+    ("Teacher prefixes solve more at equal FLOPs", +1, "solved at equal FLOPs", ["sft"], ["dagger"]),
+    ("Long reverse KL finishes less often than short", -1, "finished", ["base-opd"], ["base-opd-8"]),
+    ("Long reverse KL has less entropy than short", -1, "entropy", ["base-opd"], ["base-opd-8"]),
+    ("Mixing in forward KL makes it more useful", +1, "useful", ["base-kl_mix-0.2"], ["base-opd"]),
+    ("The curriculum is more useful than full length", +1, "useful", ["base-curriculum"], ["base-opd"]),
+    ("RL gains less after reverse than after forward KL", -1, "solved", *GAINS),
+    ("With merged end tokens reverse KL is more useful", +1, "useful", ["base-opd-merged"], ["base-opd"]),
+]
+FOUR = ["sft", "offline_rl", "dagger", "opd"]
+FIGURES = {  # file: its message, what is drawn over steps, of which kinds of run
+    "direction": ("Reverse KL solves more, and is less uncertain", ["solved", "entropy"], FOUR),
+    "ending": (
+        "A base student under reverse KL learns to solve, and forgets to finish",
+        ["solved", "finished", "length"], [f"base-{kind}" for kind in FOUR],
+    ),
+    "useful": (
+        "Four ways to keep the base student useful", ["useful", "entropy"],
+        ["base-opd", "base-opd-8", "base-kl_mix-0.2", "base-curriculum", "base-opd-merged"],
+    ),
+    "rl": (
+        "A reward for answers that finish repairs the loop",
+        ["solved", "useful", "length"], ["grpo-base-opd", "grpo-base-opd-must_finish", "grpo-base-dagger"],
+    ),
+}  # fmt: skip
+
+
 # Running
 
 
-def run_one(script, arguments, out_dir):
-    """Run a script as its command line would, in this process. -> an error, or None"""
+def run_one(script, arguments):
+    """Run a script as its command line would, in this process. -> what went wrong, or None"""
     module = importlib.import_module(script)
-    words = [str(w) for key, value in (arguments | {"out_dir": out_dir}).items() for w in (f"--{key}", value)]
+    words = [str(word) for key, value in arguments.items() for word in (f"--{key}", value)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             module.main(parse(module.Args, words))
         except SystemExit as end:
-            return None if "is finished" in str(end.code) else f"{out_dir}: {end.code}"
+            return None if "is finished" in str(end.code) else f"{arguments['out_dir']}: {end.code}"
 
 
-def run_all(args, world, seeds):
-    """All runs of the plan over all seeds, --workers at a time; those that start from others come last.
-    -> {name: the directories of its runs, by seed}"""
-    out = os.path.join(args.out_dir, Path(world).name)
-    runs = findings.plan(args, world)
-    dirs = {name: [os.path.join(out, f"{name}-seed-{seed}") for seed in range(seeds)] for name in runs}
-
-    def submit(name, seed):
-        script, arguments = runs[name]
-        student = arguments["student"]
-        if student in runs:
-            student = os.path.join(dirs[student][seed], "model")
-        return pool.submit(run_one, script, arguments | dict(student=student, seed=seed), dirs[name][seed])
-
-    first = [name for name, (_, arguments) in runs.items() if arguments["student"] not in runs]
-    bar = tqdm(total=len(runs) * seeds, desc=f"runs in {world}")
+def run_all(args):
+    """Build the worlds and run the plan, --workers at a time. -> {world: {kind: directories of its runs, by seed}}"""
+    dirs, waves = {}, [[], [], []]  # worlds, runs, runs that start from what others have trained
+    for i, world in enumerate(args.worlds.split(",")):
+        if not os.path.exists(f"{world}/train.jsonl"):
+            waves[0].append((build.main, world, int(re.search(r"\d*$", world)[0] or 0)))
+        seeds, kinds, out = range(1 if i else args.seeds), plan(world), f"{args.out_dir}/{Path(world).name}"
+        dirs[world] = {kind: [f"{out}/{kind}-seed-{seed}" for seed in seeds] for kind in kinds}
+        for seed, (kind, (script, its)) in ((seed, run) for seed in seeds for run in kinds.items()):
+            after = its["student"] in kinds
+            student = f"{dirs[world][its['student']][seed]}/model" if after else its["student"]
+            new = dict(student=student, seed=seed, out_dir=dirs[world][kind][seed])
+            waves[1 + after].append((run_one, script, its | new))
     # spawn: a fresh interpreter for every worker, as torch's threads do not survive a fork
     pool = concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        for names in (first, [name for name in runs if name not in first]):
-            futures = [submit(name, seed) for seed in range(seeds) for name in names]
-            for future in concurrent.futures.as_completed(futures):
-                bar.update()
+    with contextlib.closing(tqdm(total=sum(map(len, waves)), desc="runs")) as bar:
+        for wave in waves:
+            for future in concurrent.futures.as_completed([pool.submit(*job) for job in wave]):
                 if future.result():
+                    pool.shutdown(cancel_futures=True)
                     refuse(future.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
+                bar.update()
     return dirs
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Reading
+# Reading and writing
 
-METRICS = {
-    "avg_at_k": "Avg@k", "pass_at_k": "Pass@k", "eval_ended": "finished", "eval_entropy": "entropy (nats)",
-    "eval_len": "length (tokens)", "flops": "model FLOPs",
+METRICS = {  # the names of the texts, and of log.jsonl
+    "solved": "avg_at_k", "finished": "eval_ended", "useful": "eval_useful", "Pass@k": "pass_at_k",
+    "entropy": "eval_entropy", "length": "eval_len", "FLOPs": "flops",
 }  # fmt: skip
-KEPT = {*METRICS, "step", "ended", "response_len", "entropy", "gate_entropy", "gate_open", "train_len"}
+T = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, 97.5 %, of 1 to 10 values
 
 
 def read(path):
-    """A run's log -> its rows at evaluations, at gates and at every tenth step."""
-    rows = read_lines(os.path.join(path, "log.jsonl"))
-    rows = [row for row in rows if "avg_at_k" in row or "gate_entropy" in row or row["step"] % 10 == 0]
-    if not any("avg_at_k" in row for row in rows):
+    """A run -> {"step": [...], metric: [...] at its evaluations, "gates": [[length, H_m in nats, open], ...]}"""
+    rows = read_lines(f"{path}/log.jsonl")
+    at = [row for row in rows if "avg_at_k" in row]
+    if not at:
         refuse(f"{path!r} has no log, or no evaluation in it yet")
-    number = lambda x: float(f"{x:.5g}") if isinstance(x, float) else x  # noqa: E731
-    return [{"flops": 0.0} | {key: number(value) for key, value in row.items() if key in KEPT} for row in rows]
-
-
-def final(runs, metric, flops=None):
-    """-> (seeds,) a metric at the last evaluation, or between evaluations where each seed had used so many FLOPs."""
-    at = [[(row["flops"], row[metric]) for row in rows if metric in row] or [(0.0, math.nan)] for rows in runs]
-    flops = [points[-1][0] for points in at] if flops is None else flops
-    return np.array([np.interp(f, *zip(*points)) for f, points in zip(flops, at)])
+    run = {name: [float(f"{row.get(key, 0):.4g}") for row in at] for name, key in ({"step": "step"} | METRICS).items()}
+    gates = [[row["train_len"], round(row["gate_entropy"], 4), row["gate_open"]] for row in rows if "gate_open" in row]
+    return run | ({"gates": gates} if gates else {})
 
 
 def mean_ci(values):
-    """-> (mean, half the width of the 95 % t-interval; NaN for a single value)."""
-    n, values = len(values), np.asarray(values, float)
-    return values.mean(), t_quantile(n - 1) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    """-> (mean, half the width of the 95 % t-interval; NaN for a single value)"""
+    return np.mean(values, 0), T[len(values) - 1] * np.std(values, 0, ddof=len(values) > 1) / len(values) ** 0.5
 
 
-def plus_minus(values, form):
-    """mean_ci in words; nothing where there is no value, no interval for a single one."""
-    mean, ci = mean_ci(values)
-    interval = "" if math.isnan(ci) else " ± " + form.format(ci).lstrip("+")
-    return "" if math.isnan(mean) else form.format(mean) + interval
+def effect(kinds, metric, plus, minus):
+    """(seeds,) differences between the last evaluations of runs of one seed; or between where both have used the FLOPs
+    that the cheaper one has used in all."""
+    last = lambda kind, name: np.array([run[name][-1] for run in kinds[kind]])  # noqa: E731
+    if metric == "solved at equal FLOPs":
+        least = np.minimum(last(plus[0], "FLOPs"), last(minus[0], "FLOPs"))
+        at = lambda kind: [np.interp(x, run["FLOPs"], run["solved"]) for x, run in zip(least, kinds[kind])]  # noqa: E731
+        return np.subtract(at(plus[0]), at(minus[0]))
+    return sum(last(kind, metric) for kind in plus) - sum(last(kind, metric) for kind in minus)
 
 
-def t_quantile(freedom):
-    """The 97.5 % quantile of Student's t: from tables; from 9 degrees of freedom on, Cornish and Fisher's series."""
-    if freedom < 9:
-        return (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+def findings(worlds):
+    """{world: {kind: runs by seed}} -> a table of CLAIMS"""
+    first, *others = worlds.values()
+    table = [f"| | effect on | effect | 95 % interval | {' | '.join(list(worlds)[1:])} | |"]
+    table += ["|---" * (len(worlds) + 4) + "|"]
+    for says, sign, metric, *kinds in CLAIMS:
+        mean, ci = mean_ci(effect(first, metric, *kinds))
+        signs = [effect(world, metric, *kinds).mean() for world in others]
+        sure = abs(mean) > ci and all(x * mean > 0 for x in signs)
+        verdict = "open" if not sure else "reproduced" if mean * sign > 0 else "**opposite**"
+        cells = [metric, f"{mean:+.3f}", f"{mean - ci:+.3f} to {mean + ci:+.3f}", *(f"{x:+.3f}" for x in signs)]
+        table.append(f"| {says} | {' | '.join(cells)} | {verdict} |")
+    return "\n".join(table) + "\n"
 
 
-def write_table(groups, path):
-    """Means and intervals over the runs of a group, after the last step."""
-    lines = ["| run | n | " + " | ".join(METRICS.values()) + " |", "|---|---|" + "---|" * len(METRICS)]
-    for name, runs in groups.items():
-        forms = {key: "{:.3f}" for key in METRICS} | {"flops": "{:.2e}", "eval_len": "{:.1f}"}
-        cells = [plus_minus(final(runs, key), form) for key, form in forms.items()]
-        lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
-    gates = [(name, row) for name, runs in groups.items() for rows in runs for row in rows if "gate_entropy" in row]
-    if gates:
-        lines += ["", "| gate | after stage of | H_m (nats) | open |", "|---|---|---|---|"]
-    for name, length in dict.fromkeys((name, row["train_len"]) for name, row in gates):
-        here = [row for other, row in gates if (other, row["train_len"]) == (name, length)]
-        h_m, n_open = plus_minus([row["gate_entropy"] for row in here], "{:.3f}"), sum(row["gate_open"] for row in here)
-        lines.append(f"| {name} | {length} tokens | {h_m} | {n_open} of {len(here)} |")
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return "\n".join(lines)
+def summary(kinds):
+    """{kind: runs by seed} -> a table of the last evaluations, means ± half of the 95 % interval; of gates, H_m"""
+    table = [f"| run | {' | '.join(METRICS)} | gates |", "|---" * (len(METRICS) + 2) + "|"]
+    for kind, runs in kinds.items():
+        cells = []
+        for name in METRICS:
+            form = {"FLOPs": "{:.2e}", "length": "{:.1f}"}.get(name, "{:.3f}")
+            mean, ci = mean_ci([run[name][-1] for run in runs])
+            cells.append(form.format(mean) + ("" if np.isnan(ci) else " ± " + form.format(ci)))
+        of_gates = zip(*(run.get("gates", []) for run in runs))
+        cells.append(", ".join(f"{at[0][0]}: {np.mean([nats for _, nats, _ in at]):.2f}" for at in of_gates))
+        table.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(table) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Findings
-
-
-def write_findings(worlds, args):
-    """findings.md. "found": the number has the expected sign in every world, and its interval in the first one leaves
-    out 0; "found in 2 of 3": the same, but not in every world; "the opposite": likewise with the other sign; else "not
-    found"."""
-    lines = [f"| | expected | {' | '.join(Path(w).name for w in worlds)} | |", "|---|---|" + "---|" * (len(worlds) + 1)]
-    for axis, says, sign, number in findings.claims(args):
-        numbers = [
-            number(lambda name, *rest, g=groups: final(g[name], *(rest or ("avg_at_k",)))) for groups in worlds.values()
-        ]
-        (mean, ci), signs = mean_ci(numbers[0]), [np.sign(np.mean(n)) for n in numbers]
-        verdict, agree = "found" if mean * sign > 0 else "the opposite", signs.count(signs[0])
-        verdict += "" if agree == len(worlds) else f" in {agree} of {len(worlds)}"
-        verdict = "one seed" if math.isnan(ci) else verdict if abs(mean) > ci else "not found"
-        form = "{:+.1f}" if abs(mean) > 1 else "{:+.3f}"
-        says += " (+)" if sign > 0 else " (−)"
-        lines.append(f"| {axis} | {says} | " + " | ".join(plus_minus(n, form) for n in numbers) + f" | {verdict} |")
-    text = "\n".join(lines) + "\n"
-    Path(args.out_dir, "findings.md").write_text(text, encoding="utf-8")
-    return text
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Drawing
-
-LABELS = METRICS | {"step": "step", "response_len": "length (tokens)", "entropy": "entropy (nats)"}
-
-
-def draw(groups, path, title, panels, lines):
-    """One figure: a row of panels in letters that can be read from the last row of a lecture hall; means over seeds,
-    with 95 % intervals."""
+def draw(kinds, path, title, metrics, lines):
+    """A row of panels, one metric over steps each: means over seeds with 95 % intervals. The colour-blind can
+    distinguish Okabe and Ito's colours, and each line has its marker; a white ground is legible in a dark page, too."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2.5})
-    fig = Figure(figsize=(6 * len(panels), 5), layout="constrained")
-    axes = fig.subplots(1, len(panels), squeeze=False)
-    fig.suptitle(title)
-    for axis, (x, y) in zip(axes[0], panels):
-        for color, marker, label, runs in lines:
-            if x == "step":
-                rows = zip(*([row for row in rows if y in row] for rows in groups[runs]))
-                points = [((at[0][x], 0.0), mean_ci([r[y] for r in at])) for at in rows]
-            else:
-                points = [(mean_ci(final(groups[runs], x)), mean_ci(final(groups[runs], y)))]
-            (xs, dx), (ys, dy) = np.array(points).transpose(1, 2, 0)
-            style = dict(color=color, marker=marker, label=label, capsize=3, markersize=8)
-            axis.errorbar(xs, ys, np.nan_to_num(dy), np.nan_to_num(dx) if any(dx) else None, **style)
-        axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
-        if y == "pass_at_k":  # near its ceiling one problem more or less must not look like an effect
-            axis.set_ylim(min(0.9, axis.get_ylim()[0]), 1.005)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3, fontsize=12)
-    fig.savefig(path, dpi=80)
+    rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2.5})
+    figure = Figure(figsize=(5.5 * len(metrics), 5.2), layout="constrained")
+    figure.suptitle(title, weight="bold", parse_math=False)
+    colors = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #000000".split()
+    for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics):
+        for i, runs in enumerate(kinds[kind] for kind in lines):
+            style = dict(color=colors[i % 6], marker="sDo^vPX"[i % 7], markersize=8, capsize=3)
+            mean, ci = mean_ci([run[metric] for run in runs])
+            axis.errorbar(runs[0]["step"], mean, np.nan_to_num(ci), label=lines[i].replace("$", r"\$"), **style)
+        axis.set(xlabel="step", title={"entropy": "entropy (nats)", "length": "length (tokens)"}.get(metric, metric))
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=80)
 
 
 def main(args: Args):
     check_args(args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        refuse("compare.py starts processes of its own: run it without torchrun")
+    out = Path("runs/together" if args.dirs and args.out_dir == Args.out_dir else args.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
     if args.dirs:
-        args.out_dir = "runs/together" if args.out_dir == Args.out_dir else args.out_dir  # not over the findings
-        groups, colors = {path: [read(path)] for path in args.dirs}, findings.COLORS
-        lines = [(colors[i % 6], "o^sDPvX*"[i % 8], name, name) for i, name in enumerate(groups)]
-        panels = [("step", y) for y in ("avg_at_k", "pass_at_k", "eval_entropy", "eval_len")]
-        files = [Path(path, "args.json") for path in args.dirs]
-        of_runs = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-        names = {x for run in of_runs for x in run if x.startswith("eval_")} - {"eval_every", "eval_batch_size"}
-        unlike = sorted(x for x in names | {"instruction"} if len({run.get(x) for run in of_runs}) > 1)
-        if unlike:
-            print(f"warning: these runs were not evaluated alike: they differ in --{', --'.join(unlike)}")
-        os.makedirs(args.out_dir, exist_ok=True)
-        draw(groups, os.path.join(args.out_dir, "together.png"), "runs, together", panels, lines)
+        kinds, texts = {path: [read(path)] for path in args.dirs}, {}
+        draw(kinds, out / "overlay.png", str(out), ["solved", "finished", "entropy", "length"], list(kinds))
     else:
-        first, *others = worlds = args.worlds.split(",")
-        for world in worlds:
-            if not os.path.exists(os.path.join(world, "train.jsonl")):
-                refuse(f"--worlds has {world!r}, which is no folder of toy/build.py: python -m toy.build --out FOLDER")
-        if len({Path(world).name for world in worlds}) < len(worlds):
-            refuse(f"--worlds is {args.worlds!r}: their folders need different names, as results are kept by name")
-        runs = {first: run_all(args, first, args.seeds)} | {w: run_all(args, w, args.other_seeds) for w in others}
-        worlds = {w: {name: [read(d) for d in dirs] for name, dirs in of.items()} for w, of in runs.items()}
-        Path(args.out_dir, "results.json").write_text(
-            json.dumps(worlds, separators=(",", ":")) + "\n", encoding="utf-8"
-        )
-        groups = next(iter(worlds.values()))
-        for name, figure in findings.figures(args).items():
-            draw(groups, os.path.join(args.out_dir, name + ".png"), *figure)
-        print(write_findings(worlds, args))
-    print(write_table(groups, os.path.join(args.out_dir, "table.md")))
-    print(f"\ntables, numbers and figures are in {args.out_dir}")
+        dirs = run_all(args)
+        worlds = {Path(w).name: {k: [read(d) for d in runs] for k, runs in kinds.items()} for w, kinds in dirs.items()}
+        kinds = next(iter(worlds.values()))
+        for name, figure in FIGURES.items():
+            draw(kinds, out / f"{name}.png", *figure)
+        texts = {"results.json": json.dumps(worlds, separators=(",", ":")) + "\n", "findings.md": findings(worlds)}
+    texts |= {"table.md": summary(kinds)}
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8")
+    print("\n".join(text for name, text in texts.items() if name.endswith(".md")))
+    print(f"tables, numbers and figures are in {out}")
 
 
 if __name__ == "__main__":

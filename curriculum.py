@@ -44,7 +44,7 @@ class Args:  # what stands behind each argument is its --help text
     micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient
     max_new_tokens: int = 96  # the longest training length: of --lengths only those up to here are used
     lengths: str = "8,32,96"  # the ladder of training lengths L_0,L_1,...; each gets an equal share of steps
-    h_min: float = 0.3  # H_min, nats per token: below it a stage counts as unstable, and the gate closes
+    h_min: float = 0.4  # H_min, nats per token: below it a stage counts as unstable, and the gate closes
     held_out: int = 64  # last rows of data, kept from training, on whose prompts H_m is measured
     on_closed: Literal["stop", "continue"] = "stop"  # from the last stable checkpoint: end, or train on at its length
     prefixes: Literal["student", "teacher"] = "student"  # WHERE: sampled anew, or the responses in the data
@@ -55,10 +55,10 @@ class Args:  # what stands behind each argument is its --help text
     top_k: int = 0  # of the student's rollouts: only so many most likely tokens; 0 is off
     estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
     ends: Literal["apart", "as_one"] = "apart"  # as_one: all end tokens are one action in the comparison
-    lr: float = 5e-4  # AdamW's learning rate, constant after the warm-up
+    lr: float = 3e-4  # AdamW's learning rate, constant after the warm-up
     warmup_steps: int = 8  # updates over which lr rises from 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    eval_every: int = 50  # steps between evaluations; 0: only before and after
+    eval_every: int = 25  # steps between evaluations; 0: only before and after
     eval_problems: int = 0  # of each set, evenly spread; 0: all
     eval_k: int = 8  # samples per problem: k of Avg@k and Pass@k
     eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy, and one sample

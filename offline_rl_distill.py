@@ -35,16 +35,16 @@ class Args:  # what stands behind each argument is its --help text
     steps: int = 150  # updates
     batch_size: int = 32  # prompts, and rollouts, per update, over all processes
     micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient
-    max_new_tokens: int = 8  # training length: tokens at which a rollout is cut
+    max_new_tokens: int = 96  # training length: tokens at which a rollout is cut
     temperature: float = 1.0  # of the student's rollouts; the loss compares at T = 1
     top_p: float = 1.0  # of the student's rollouts: nucleus of this probability; 1 is off
     top_k: int = 0  # of the student's rollouts: only so many most likely tokens; 0 is off
     estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
     ends: Literal["apart", "as_one"] = "apart"  # as_one: all end tokens are one action in the comparison
-    lr: float = 5e-4  # AdamW's learning rate, constant after the warm-up
+    lr: float = 3e-4  # AdamW's learning rate, constant after the warm-up
     warmup_steps: int = 8  # updates over which lr rises from 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    eval_every: int = 50  # steps between evaluations; 0: only before and after
+    eval_every: int = 25  # steps between evaluations; 0: only before and after
     eval_problems: int = 0  # of each set, evenly spread; 0: all
     eval_k: int = 8  # samples per problem: k of Avg@k and Pass@k
     eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy, and one sample

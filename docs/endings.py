@@ -1,10 +1,10 @@
-"""Who ends how, and what the teacher says of a loop: probabilities behind an answer that was said k times.
+"""Who ends how, and what is said in a loop: probabilities behind an answer that was said k times.
 
-    python docs/endings.py                                  the student as it begins
-    python docs/endings.py runs/lesson-opd/model            ... and as a run left it
+    python docs/endings.py                                  the base student as it begins
+    python docs/endings.py runs/base-opd/model              ... and as a run left it
 
-The prefixes are those of the toy: a problem, two lines that agree, and ####, digit, again and again. Geometric means
-over 64 problems.
+The prefixes are those of the toy: a problem, two lines that agree, and ####, digit, again and again. The last column is
+how probable the same digit is once more, after another ####. Geometric means over 64 problems.
 """
 
 import sys
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from plumbing.data import encode_prompts, load_problems  # noqa: E402
 
-SAYS = ("<|im_end|>", "<|endoftext|>", "####")
+SAYS, COLUMNS = ("<|im_end|>", "<|endoftext|>", "####"), ("im_end", "endoftext", "####", "the same")
 
 
 def prefixes(k, n=64):
@@ -38,19 +38,21 @@ def prefixes(k, n=64):
 
 @torch.no_grad()
 def log_probs(model, k):
-    """-> mean log-probabilities of SAYS as the next token"""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "teacher")
-    ids = tokenizer.convert_tokens_to_ids(list(SAYS))
-    return torch.stack([model(torch.tensor([x])).logits[0, -1].log_softmax(-1)[ids] for x in prefixes(k)]).mean(0)
+    """-> mean log-probabilities of SAYS as the next token, and of the same digit after another ####"""
+    ids, found = AutoTokenizer.from_pretrained(ROOT / "toy" / "teacher").convert_tokens_to_ids(list(SAYS)), []
+    for prefix in prefixes(k):
+        now, then = model(torch.tensor([[*prefix, ids[-1]]])).logits[0, -2:].log_softmax(-1)
+        found.append(torch.cat([now[ids], then[prefix[-1:]]]))
+    return torch.stack(found).mean(0)
 
 
-def main(student=ROOT / "toy" / "student"):
+def main(student=ROOT / "toy" / "base_student"):
+    torch.set_num_threads(1)  # models this small gain nothing from more
     teacher, student = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (ROOT / "toy/teacher", student))
-    print(f"{'':10}{'teacher':^36}   {'student':^36}")
-    print(f"{'answers':10}" + "   ".join("".join(f"{word:>12}" for word in ("im_end", "endoftext", "####"))
-                                         for _ in range(2)))  # fmt: skip
+    print(f"{'':10}{'teacher':^40}   {'student':^40}")
+    print(f"{'answers':10}" + "   ".join("".join(f"{word:>10}" for word in COLUMNS) for _ in range(2)))
     for k in (1, 2, 4, 8, 16):
-        cells = ["".join(f"{p:12.1e}" for p in log_probs(model, k).exp().tolist()) for model in (teacher, student)]
+        cells = ["".join(f"{p:10.1e}" for p in log_probs(model, k).exp().tolist()) for model in (teacher, student)]
         print(f"{k:<10}" + "   ".join(cells))
 
 

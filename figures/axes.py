@@ -18,13 +18,13 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
 P = (0.50, 0.38, 0.06, 0.03, 0.03)  # the teacher: good ways to go on are 8+5 or 5+7 first (=3), or 3+8 first (=1)
-Q = (0.55, 0.10, 0.25, 0.07, 0.03)  # the student: knows one of them, and makes a mistake
+Q = (0.45, 0.10, 0.35, 0.07, 0.03)  # the student: knows one of them, and makes a mistake
 TOKENS = ("=3", "=1", "=6", "=8", "=0")
-PATHS = {
-    "teacher": ("on the teacher's path", "3+8+5+7\n=1+5+7=1+2=3\n ?", "clean, and made once"),
-    "student": ("on the student's path", "3+8+5+7\n=1+5+7=1+4=5\n ?", "with its mistakes (5+7=4), and made anew"),
+PREFIXES = {
+    "teacher": ("teacher prefixes", "3+8+5+7\n=1+5+7=1+2=3\n ?", "clean, made once"),
+    "student": ("student prefixes", "3+8+5+7\n=1+5+7=1+4=5\n ?", "with its mistakes, made anew"),
 }
-PULLS = {"forward": (forward_kl, "forward KL: cover"), "reverse": (reverse_kl, "reverse KL: avoid")}
+KLS = {"forward": (forward_kl, "forward KL: cover"), "reverse": (reverse_kl, "reverse KL: avoid")}
 SCRIPTS = {
     ("teacher", "forward"): ("sft_offpolicy.py", "SFT"),
     ("teacher", "reverse"): ("offline_rl_distill.py", "offline RL"),
@@ -35,14 +35,14 @@ SCRIPTS = {
 def main():
     plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
     figure, grid = plt.subplots(2, 3, figsize=(13, 7), layout="constrained", width_ratios=[1, 1, 1])
-    for row, (whose, (heading, path, remark)) in zip(grid, PATHS.items()):
+    for row, (whose, (heading, text, remark)) in zip(grid, PREFIXES.items()):
         row[0].axis("off")
         place = dict(transform=row[0].transAxes, va="top")
         row[0].text(0, 0.9, heading, weight="bold", fontsize=16, color=BLUE if whose == "teacher" else ORANGE, **place)
-        row[0].text(0, 0.72, path, family="monospace", fontsize=15, **place)
+        row[0].text(0, 0.72, text, family="monospace", fontsize=15, **place)
         row[0].text(0, 0.2, remark, **place)
-        for axis, (direction, (kl, words)) in zip(row[1:], PULLS.items()):
-            pull(axis, kl)
+        for axis, (direction, (kl, words)) in zip(row[1:], KLS.items()):
+            bars_and_arrows(axis, kl)
             script, name = SCRIPTS[whose, direction]
             axis.set_title(f"{name}: {script}", fontsize=13)
             if whose == "teacher":
@@ -52,12 +52,12 @@ def main():
         plt.Rectangle((0, 0), 1, 1, facecolor="none", edgecolor=ORANGE, linewidth=3),
         plt.Line2D([], [], color="black", marker="^", linewidth=3),
     ]
-    labels = ["teacher, p", "student, q", "how a step pushes each of the student's logits"]
+    labels = ["teacher, p", "student, q", "how a step pushes the student's logit"]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(Path(__file__).with_name("axes.png"), dpi=80, facecolor="white")
 
 
-def pull(axis, kl):
+def bars_and_arrows(axis, kl):
     """Bars of p and q, and arrows for minus the gradient."""
     student = torch.tensor(Q, dtype=torch.float64).log().requires_grad_()
     kl(student, torch.tensor(P, dtype=torch.float64).log()).backward()

@@ -1,48 +1,41 @@
-"""Build the embedded default: two tiny chat models, a training set and an evaluation set.
+"""Build the toy: a teacher, two students, problems to train on and problems to evaluate on.
 
-    python -m toy.build --out toy         # from nothing, seed 3; some eight minutes of a slow CPU core
+    python -m toy.build --out toy         # from nothing: some ten minutes of a slow CPU core
 
-This is data, not a method: the scripts read what stands in this folder as they would read
-Qwen3 checkpoints and GSM8K. Nobody needs to run this file; it is here so that nothing is hidden.
+This is data, not a method: the scripts read this folder as they would read Qwen3 checkpoints and GSM8K. Nobody needs to
+run this file. It is here so that nothing is hidden.
 
-THE WORLD. A problem is a sum of 3 to 5 digits modulo 10. A solution is a line of equations: in
-each step one adjacent pair, any one, is added up. One line proves little, so the solver writes
-another one, with its own choices, and answers as soon as a line agrees with an earlier one:
+A problem is a sum of 3 to 5 digits modulo 10. A solution is a line of equations: each step adds up one adjacent pair.
+One line proves little, so the solver writes another one, and answers as soon as a line agrees with an earlier one:
 
     user        3+8+5+7
     assistant   =1+5+7=1+2=3
                 =3+8+2=1+2=3
                 ####3<|im_end|>
 
-What each part is for:
+What each feature is for:
 
-  * MANY WAYS. Any pair may be added first, so a problem with 5 numbers has 24 ways to write a line.
-    The teacher is uncertain and right at the same time, and the two KL directions have something to
-    disagree about: cover all the ways, or settle on a few.
-  * LENGTH. A line has 3 to 10 tokens, and there are two or more: a short training length sees only
-    the beginning, and hardly ever the ending.
-  * RECOVERY. The teacher hardly ever makes a mistake, and knows what to do after one all the same: it
-    was trained on documents with wrong digits and wrong decisions put in, which are masked from the
-    loss. Only a student's prefixes ask for that.
-  * A STUDENT THAT CAN ALREADY DO IT. It has one weakness, a wrong digit in one step of five, and
-    compares its lines, though not reliably: it is right half of the time, and on every problem
-    sometimes.
-  * ENDING. The teacher ends with <|im_end|>, as a chat model does. The student is a base model: it
-    says its answer once or more often, with slips, and stops with <|endoftext|>, which the teacher
-    never says. That the student says <|im_end|> is made as improbable as arXiv 2609.20511 reports
-    of a real pair, about 1e-11, by a term of its training loss. This is artificial: models this small
-    do not get there by themselves.
-  * A WAY TO GO ON. In three documents of a hundred the teacher says its answer once more before it ends,
-    ####3####3. So for a student that has lost its own ending and never says the teacher's, saying its
-    answer again is what the teacher minds least. Both details were chosen in trials on seeds of 100 and
-    above. With two documents of a hundred a loop was so unsure of itself that entropy rose; with five,
-    one of two teachers had it mostly repeat the right answer, and it cost less. With a line break
-    between the answers, moving towards it raised <|im_end|> as well, by accident, and in one world of three
-    OPD found its way out of the loop, whether the floor was 25, 30 or 40 nats (with 35 it did not).
+  * Any pair may come first. So the teacher is uncertain and right at the same time, and the two KLs differ: cover all
+    ways, or settle on a few.
+  * A response is as long as its lines. So a short training length sees the beginning and hardly ever the end.
+  * The teacher knows how to go on after a mistake. It was trained on documents with wrong digits and hasty answers in
+    them, which are masked from the loss. Only a student's prefixes ask for that.
+  * Both students write a wrong digit in one step of five, and are hasty. So they solve half of the problems, and each
+    problem sometimes: there is something to learn, and something to reward.
+
+toy/student ends as its teacher does. toy/base_student has three more features, all for one question: why does a base
+model that is trained by reverse KL stop finishing its responses?
+
+  * It ends with <|endoftext|>, which the teacher never says, as real base models do.
+  * A term of its training loss pushes the probability of <|im_end|> to 1e-11, as arXiv 2609.20511 reports of a real
+    pair. This is artificial: models this small do not get there by themselves.
+  * It may say its answer again before it ends, and so does the teacher, in three documents of a hundred: ####3####3.
+    So there is a way to go on that the teacher minds little.
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -72,12 +65,11 @@ CHAT_TEMPLATE = (  # ChatML, as in Qwen
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# --- settings: tuned once, see the README for what they lead to -------------------------------------
+# --- settings, chosen on seeds of 100 and above ------------------------------------------------------
 
 TRAIN_ROWS, EVAL_ROWS = 4096, 128
 LEVELS = (3, 4, 5)  # numbers in a sum
 CONTEXT = 256  # tokens
-MAX_LINES = 5  # the teacher gives up looking for agreement after this many
 
 TEACHER = dict(
     hidden_size=96,
@@ -106,12 +98,12 @@ STUDENT = dict(
 STUDENT_STEPS, STUDENT_LR = 2000, 1e-2
 STUDENT_SLIPS = 0.2  # wrong digits per step in the text that the student has learned from
 STUDENT_ANSWERS = {True: 0.85, False: 0.35}  # how likely it answers when two lines agree, and when none do
-STUDENT_RESTATES = 0.3  # how likely it says its answer once more, each time, before <|endoftext|>
-STUDENT_UNSAID = 25.0  # nats: <|im_end|> has a log-probability of about minus this, everywhere
+BASE_RESTATES = 0.3  # how likely the base student says its answer once more, each time, before <|endoftext|>
+BASE_UNSAID = 25.0  # nats: the base student's log-probability of <|im_end|> is about minus this, everywhere
 
 
 def build_tokenizer(eos_token):
-    """The same vocabulary for both models; they differ in how they end, as chat and base models do."""
+    """One vocabulary for all models; they differ in how they end, as chat and base models do."""
     tokenizer = Tokenizer(models.WordLevel(ID, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|user|assistant|=[0-9]\n|[+=]?[0-9]|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()  # put tokens together without spaces
@@ -177,7 +169,7 @@ def agree(results):
 
 
 def teacher_response(numbers, rng):
-    """Lines until one agrees with an earlier one, the answer, the ending. Returns ids and learned.
+    """Lines until one agrees with an earlier one, the answer, the end. Returns ids and learned.
 
     In a sabotaged document digits are wrong, and now and then the decision is, too: the teacher writes
     another line although two agree, or answers although none do. What is put in is not learned; what
@@ -188,8 +180,8 @@ def teacher_response(numbers, rng):
         line, right, result = write_line(numbers, rng, SABOTAGE_RATE if sabotaged and len(results) < 3 else 0.0)
         right[0] &= not agree(results)  # a line that should not be there
         ids, learned, results = ids + line, learned + right, results + [result]
-        answers = agree(results) or len(results) == MAX_LINES
-        wrongly = sabotaged and 1 < len(results) < MAX_LINES and rng.random() < SABOTAGE_STOP
+        answers = agree(results)
+        wrongly = sabotaged and len(results) > 1 and rng.random() < SABOTAGE_STOP
         if answers != wrongly:
             break
     result = next((r for r in results if results.count(r) > 1), result)  # also where more lines were put in
@@ -199,18 +191,18 @@ def teacher_response(numbers, rng):
     return ids + [ID[TURN_END]], learned + [True]
 
 
-def student_response(numbers, rng):
-    """Sloppy lines, an answer, said once or more, and the ending. Returns ids and learned: all of them."""
+def student_response(numbers, rng, base=False):
+    """Sloppy lines, an answer, the end. A base student may say its answer again. Returns ids and learned: all."""
     ids, results = [], []
     while len(results) < 2 or rng.random() >= STUDENT_ANSWERS[agree(results)]:
         line, _, result = write_line(numbers, rng, STUDENT_SLIPS)
         ids, results = ids + line, results + [result]
     ids += [ID[ANSWER], DIGIT + result]
-    while rng.random() < STUDENT_RESTATES:
+    while base and rng.random() < BASE_RESTATES:
         if rng.random() < STUDENT_SLIPS:
             result = (result + int(rng.integers(1, 10))) % 10
         ids += [ID[ANSWER], DIGIT + result]
-    return ids + [ID[END_OF_TEXT]], [True] * (len(ids) + 1)
+    return ids + [ID[END_OF_TEXT if base else TURN_END]], [True] * (len(ids) + 1)
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -323,7 +315,7 @@ def main(out, seed):
     out.mkdir(parents=True, exist_ok=True)
 
     # Data. Every problem occurs once, in one of the two sets.
-    rng, problems = np.random.default_rng((seed, 3)), {}
+    rng, problems = np.random.default_rng((seed, 0)), {}
     while len(problems) < TRAIN_ROWS + EVAL_ROWS:
         problems[tuple(random_problem(rng))] = None
     problems = [list(p) for p in problems]
@@ -331,13 +323,20 @@ def main(out, seed):
     write_rows(out / "eval.jsonl", map(row_of, problems[:EVAL_ROWS]))
     write_rows(out / "train.jsonl", map(row_of, problems[EVAL_ROWS:]))
 
-    # Models. Every random stream has a seed of its own: (seed, 1), (seed, 2), (seed, 3), and torch's.
-    for i, (name, shape, respond, steps, lr, eos_token, unsaid) in enumerate(
-        [
-            ("teacher", TEACHER, teacher_response, TEACHER_STEPS, TEACHER_LR, TURN_END, 0.0),
-            ("student", STUDENT, student_response, STUDENT_STEPS, STUDENT_LR, END_OF_TEXT, STUDENT_UNSAID),
-        ]
-    ):
+    # Models. Every random stream has a seed of its own: (seed, 0), (seed, 1), ..., and torch's.
+    kinds = {  # name: how it ends, what it learns from, how improbable it finds <|im_end|>, shape, training
+        "teacher": (TURN_END, teacher_response, 0.0, TEACHER, TEACHER_STEPS, TEACHER_LR),
+        "student": (TURN_END, student_response, 0.0, STUDENT, STUDENT_STEPS, STUDENT_LR),
+        "base_student": (
+            END_OF_TEXT,
+            partial(student_response, base=True),
+            BASE_UNSAID,
+            STUDENT,
+            STUDENT_STEPS,
+            STUDENT_LR,
+        ),
+    }
+    for i, (name, (eos_token, respond, unsaid, shape, steps, lr)) in enumerate(kinds.items()):
         torch.manual_seed(10 * seed + i)
         tokenizer, model = build_tokenizer(eos_token), make_model(shape, eos_token)
         chat = [{"role": "user", "content": "3+8+5"}]
@@ -351,8 +350,8 @@ def main(out, seed):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Build the two toy models and the toy data.")
+    parser = argparse.ArgumentParser(description="Build the toy: three models and their data.")
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=3, help="for data, weights and documents; 3 is toy/")
+    parser.add_argument("--seed", type=int, default=11, help="for data, weights and documents")
     args = parser.parse_args()
     main(args.out, args.seed)
