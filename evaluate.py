@@ -3,12 +3,16 @@
     python evaluate.py --model runs/opd/model                          the toy's evaluation set
     python evaluate.py --recipe recipes/qwen3-eval.txt --model Qwen/Qwen3-0.6B             the paper's four sets
     python evaluate.py --model TEACHER --eval_data PROMPTS --eval_k 1 --out_file FILE      FILE is --data as it stands
+    python evaluate.py --model none --eval_data FILE       grades the responses in FILE, which any program may have made
 
-Avg@k is the mean accuracy over k samples a problem, Pass@k the unbiased estimate that at least one of k is right; the
-95 % intervals are over problems. Where a file has difficulty levels, each has its line. Prompts without answers get
-responses and no grades. --out_file is written as it goes: the same command goes on after a kill.
+Avg@k is the share of k samples a problem that solve it, Pass@k the unbiased estimate that at least one of k does; the
+95 % intervals are over problems. A response is useful if it solves its problem and finishes. Where a file has
+difficulty levels, each has its line. Prompts without answers get responses and no grades. --out_file is written as it
+goes: the same command goes on after a kill.
 """
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +22,7 @@ from tqdm import tqdm
 from common import check_models, respond, seed_of, summarize
 from plumbing.arguments import check_args, parse, refuse
 from plumbing.data import load_problem_sets
+from plumbing.grading import find_answer, grade
 from plumbing.models import load_model, load_tokens
 from plumbing.processes import is_main
 from plumbing.run import append_lines, read_lines, start, write_file
@@ -25,7 +30,7 @@ from plumbing.run import append_lines, read_lines, start, write_file
 
 @dataclass
 class Args:
-    model: str = "toy/student"  # checkpoint folder or hub name
+    model: str = "toy/student"  # checkpoint folder or hub name; none: grade the responses that stand in the data
     eval_data: str = "toy/eval.jsonl"  # problems: a file, or name[:config[:split]] on the hub; several by commas
     eval_problems: int = 0  # of each set, evenly spread; 0: all
     eval_k: int = 8  # k of Avg@k and Pass@k
@@ -56,8 +61,12 @@ def main(args: Args):
         known = read_lines(path)
         if known and known[0].get("settings") != settings:
             refuse(f"--out_file {args.out_file!r} holds responses that were made otherwise: name another file")
+    if args.model == "none":
+        sets = load_problem_sets(args.eval_data, 0, args.columns, needs="response")
+        rows = [dict(set=name, **record) for name, problems in sets.items() for record in graded(problems)]
+        return print_table(args, sets, rows)
     sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns, needs="")
-    tokens = load_tokens(args, list(sets.values()))
+    tokens = load_tokens(args, [(*one, args.eval_max_new_tokens) for one in sets.items()])
     model = load_model(args.model, args.precision)
     check_models(model)
 
@@ -82,24 +91,39 @@ def main(args: Args):
                 append_lines(path, new)
                 appending = True
             rows += new
-    if not is_main():
-        return
+    if is_main():
+        print_table(args, sets, rows)
+        if args.out_file:
+            print(f"the responses are in {args.out_file}")
 
-    k = args.eval_k if args.eval_temperature else 1
-    print(f"| {args.model} | problems | Avg@{k} | Pass@{k} | finished | length | marked | entropy |\n|" + "---|" * 8)
+
+def graded(problems):
+    """Responses that stand in the data -> records as common.respond makes them; rows of one question are samples of one
+    problem. What takes a model to know, lengths and entropies, is left open (NaN)."""
+    numbers = {p.question: i for i, p in enumerate({p.question: p for p in problems}.values())}
+    for p in problems:
+        if p.response is None:
+            refuse(f"--model none grades texts, and the response to {p.question[:60]!r} is token ids")
+        right = None if p.answer is None else grade(p.response, p.answer)
+        known = dict(problem=numbers[p.question], answer=p.answer, level=p.level, ended=p.ended, correct=right)
+        yield known | dict(marked=find_answer(p.response) is not None, length=math.nan, nats=math.nan)
+
+
+def print_table(args, sets, rows):
+    """Print the metrics of records, a line for each set, and for each level in it."""
+    k = min(args.eval_k, *Counter((row["set"], row["problem"]) for row in rows).values())
+    heads = f"solved (Avg@{k}) | Pass@{k} | finished | useful | length | marked | entropy"
+    print(f"| {args.model} | problems | {heads} |\n|{'---|' * 9}")
     for name, problems in sets.items():
         levels = sorted({p.level for p in problems if p.level is not None}, key=lambda x: (len(x), x))
         for level in [None, *levels]:
-            m = summarize([r for r in rows if r["set"] == name and level in (None, r["level"])], args.eval_k)
-            accuracy = [f"{m[key]:.3f} ± {m[key + '_ci']:.3f}" for key in ("avg_at_k", "pass_at_k")]
+            m = summarize([r for r in rows if r["set"] == name and level in (None, r["level"])], k)
+            solved, at_k = (f"{m[key]:.3f} ± {m[key + '_ci']:.3f}" for key in ("avg_at_k", "pass_at_k"))
+            cells = [solved, at_k, f"{m['eval_ended']:.3f}", f"{m['eval_useful']:.3f}"]
             if all(p.answer is None for p in problems):
-                accuracy = ["no answers", "no answers"]
-            print(
-                f"| {name if level is None else f'  level {level}'} | {m['problems']} | {' | '.join(accuracy)} "
-                f"| {m['eval_ended']:.1%} | {m['eval_len']:.1f} | {m['eval_marked']:.1%} | {m['eval_entropy']:.3f} |"
-            )
-    if args.out_file:
-        print(f"the responses are in {args.out_file}")
+                cells[0] = cells[1] = cells[3] = "no answers"
+            cells += [f"{m['eval_len']:.1f}", f"{m['eval_marked']:.3f}", f"{m['eval_entropy']:.3f}"]
+            print(f"| {name if level is None else f'  level {level}'} | {m['problems']} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Args:  # what stands behind each argument is its --help text
     lr: float = 5e-4  # AdamW's learning rate, constant after the warm-up
     warmup_steps: int = 3  # updates over which lr rises from 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    eval_every: int = 20  # steps between evaluations; 0: only before and after
+    eval_every: int = 10  # steps between evaluations; 0: only before and after
     eval_problems: int = 0  # of each set, evenly spread; 0: all
     eval_k: int = 8  # samples per problem: k of Avg@k and Pass@k
     eval_temperature: float = 1.0  # of the evaluation's rollouts; 0 is greedy, and one sample
@@ -88,6 +88,7 @@ def main(args: Args):
     vocab_size, off_policy = run.tokens.vocab_size, args.updates_per_step > 1  # with one update q_old is q_θ
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, prompt_len=run.prompt_len)
     sampling |= dict(end_ids=run.tokens.end_ids, vocab_size=vocab_size, batch_size=args.rollout_batch_size or None)
+    idle = 0  # steps in a row that had nothing to learn from
 
     for step in run.steps():  # how many batches of rollouts have been used
         # (1) Evaluate and log where the student stands
@@ -104,6 +105,12 @@ def main(args: Args):
         rewards = torch.tensor(right).float().to(student.device)  # (B,)
         rewards = rewards * rollouts.ended if args.must_finish else rewards
         advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()  # (B,)
+        idle = 0 if advantages.any() else idle + 1
+        if idle == 10:
+            run.say(
+                "warning: for ten steps all responses to a prompt were worth the same, so nothing is learned: give "
+                "other problems, another --instruction, or a larger --group_size or --max_new_tokens"
+            )
         n_tokens = mean_over_processes(rollouts.mask.sum())  # gradients are averaged, and so become global means
         micros = list(rollouts.split(args.micro_batch_size))
         old = [token_log_probs(student, micro, vocab_size) if off_policy else None for micro in micros]

@@ -2,84 +2,116 @@
 
 import importlib.util
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing.arguments import refuse
-from plumbing.grading import clean_reference, needs_math_verify
+from plumbing.grading import can_be_graded, clean_reference, needs_math_verify
 
 
 @dataclass
 class Problem:
     """One row of a dataset. `prompt` and `response_ids` hold token ids once they have been encoded."""
 
-    question: str
+    question: str  # the user's last turn
     answer: str | None = None  # the reference, without "####" or "\boxed{}"; None where the file has none
     level: str | None = None  # difficulty, where the file has it
     response: str | None = None  # a teacher's response, as text
     response_ids: list | None = None  # ... as token ids, which count if both are there
     ended: bool = True  # whether that response finishes
+    before: tuple[dict, ...] = ()  # turns before the question: a system turn, earlier questions and answers
     prompt: tuple[int, ...] = ()
 
 
-COLUMNS = {  # what may stand in which column; the first name that the file has is used
-    "question": ("prompt", "problem", "question"), "answer": ("answer",), "response": ("response", "completion"),
+COLUMNS = {  # what may stand in which column; a.b is b in a column of dicts; the first one that is not empty is used
+    "question": ("messages", "prompt", "problem", "question"), "response": ("response", "completion"),
+    "answer": ("answer", "final_answer", "solution", "reward_model.ground_truth"),
 }  # fmt: skip
 
 
 def load_problems(name, needs="", columns=""):
-    """Read a JSONL or JSON file, another file that `datasets` knows, or `name[:config[:split]]` on the hub.
-    -> [Problem], the name of the question's column, and the settings that evaluate.py has written into the first row
+    """Read a dataset: a file, folder or glob that `datasets` knows, or `name[:config[:split]]` on the hub.
+    -> [Problem], which column is what, and the settings that evaluate.py has written into the first row
 
-    needs: "answer" or "response": what every row should have. Rows without it are left out and counted; a file without
-    it is refused. columns: "question=NAME,answer=NAME,response=NAME", or some of them, where guessing fails."""
+    needs: "answer" or "response": what every row should have. Rows without it, or without a question, are left out and
+    counted. columns: "question=NAME,answer=NAME,response=NAME", or some of them, where guessing fails."""
     rows = _rows(name)
-    chosen = _columns(name, rows, columns)
-    problems, left_out = [], 0
+    chosen, problems, left_out = _columns(name, rows, columns), [], {}
     for i, row in enumerate(rows, 1):
-        question, answer, response = (row.get(chosen[what]) for what in COLUMNS)
-        level, ids = row.get("level"), row.get("response_ids") or None
-        for what, value, kinds in (
-            (chosen["question"], question, str), (chosen["answer"], answer, (str, int, float, type(None))),
-            (chosen["response"], response, (str, type(None))), ("response_ids", ids, (list, type(None))),
-        ):  # fmt: skip
-            if not isinstance(value, kinds) or what == chosen["question"] and not value.strip():
-                there = f"is {json.dumps(value, default=str)[:60]}; its columns are: {', '.join(row)}"
-                refuse(
-                    f"{name}, row {i}: `{what}` must be a {'list' if what == 'response_ids' else 'text'}, and {there}"
-                )
-        problem = Problem(
-            question.strip(), clean_reference(answer), None if level is None else str(level), response, ids
+        given = {what: _cell(row, column) for what, column in chosen.items()}
+        given |= {"response_ids": row.get("response_ids") or None}
+        try:
+            turns, response = _turns(given["question"]), None
+            if turns and turns[-1]["role"] == "assistant":
+                response = turns.pop()["content"]
+            if given["response"] is not None:
+                response = "".join(turn["content"] for turn in _turns(given["response"]))
+            answer = clean_reference(given["answer"])
+            if isinstance(given["answer"], (list, dict)) or not isinstance(given["response_ids"], (list, type(None))):
+                raise TypeError
+            if turns and turns[-1]["role"] != "user":
+                raise TypeError
+        except (TypeError, KeyError, AttributeError):
+            there = f"{json.dumps(given, default=str)[:200]}; its columns are: {', '.join(row)}"
+            what = "a text or a conversation that asks, a text or a number as answer, a text or token ids as response"
+            refuse(f"{name}, row {i}: needs {what}, and has {there}")
+        level, ended = row.get("level"), row.get("ended") is not False
+        level = None if level is None else str(level)
+        question = turns[-1]["content"] if turns else ""
+        p = Problem(question, answer, level, response, given["response_ids"], ended, tuple(turns[:-1]))
+        reason = (
+            "a question"
+            if not question
+            else {
+                "answer": "" if answer is not None and can_be_graded(answer) else "an answer that can be graded",
+                "response": "" if p.response_ids or response else "a response",
+            }.get(needs, "")
         )
-        problem.ended = row.get("ended") is not False
-        if needs == "answer" and problem.answer is None or needs == "response" and not (ids or response):
-            left_out += 1
-        else:
-            problems.append(problem)
+        problems += [] if reason else [p]
+        if reason:
+            left_out[reason] = left_out.get(reason, 0) + 1
+    counts = ", ".join(f"{n} rows without {reason}" for reason, n in left_out.items())
     if not problems:
-        how = f"python evaluate.py --model TEACHER --eval_data {name} --eval_k 1 --out_file FILE"
-        how = f": sample them by `{how}`, and train on --data FILE" if needs == "response" else ""
-        refuse(f"{name}: no rows {f'with {needs}s ' * bool(left_out)}in it{how}")
-    if left_out:
-        print(f"{name}: left out {left_out} rows without {needs}")
+        how = f": sample them by `python evaluate.py --model TEACHER --eval_data {name} --eval_k 1 --out_file FILE`"
+        refuse(f"{name}: no rows left in it ({counts or 'it is empty'}){how if 'a response' in left_out else ''}")
+    if counts:
+        print(f"{name}: left out {counts}")
     latex = next((p.answer for p in problems if needs == "answer" and needs_math_verify(p.answer)), None)
     if latex is not None and importlib.util.find_spec("math_verify") is None:
         refuse(f"{name} has the answer {latex!r}, graded by math-verify: pip install math-verify")
-    return problems, chosen["question"], rows[0].get("settings") or {}
+    return problems, chosen, rows[0].get("settings") or {}
+
+
+def _cell(row, column):
+    """What stands in a column; of `a.b`, what stands under b in the dict of column a."""
+    for key in [column] if column in row else (column or "").split("."):
+        row = row.get(key) if isinstance(row, dict) else None
+    return row
+
+
+def _turns(value):
+    """A text, or a conversation as a list of {"role", "content"}, -> a list of turns; texts are the user's."""
+    turns = value if isinstance(value, list) else [] if value is None else [{"role": "user", "content": value}]
+    return [{"role": t["role"], "content": t["content"].strip()} for t in turns if t["content"].strip()]
 
 
 def _columns(name, rows, columns):
-    """Which column is what: one choice for the whole file. -> {"question": NAME, "answer": NAME, "response": NAME}"""
+    """Which column is what, one choice for the whole file. -> {"question": NAME, "answer": NAME, "response": NAME}, or
+    None where there is none"""
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             refuse(f"{name}, row {i}: needs an object with named columns, found {type(row).__name__}")
     there = list(dict.fromkeys(key for row in rows for key in row))
     given = dict(part.partition("=")[::2] for part in columns.split(",") if part)
-    if any(what not in COLUMNS or column not in there for what, column in given.items()):
+    filled = lambda column: any(_cell(row, column) not in (None, "", []) for row in rows)  # noqa: E731
+    if any(what not in COLUMNS or not filled(column) for what, column in given.items()):
         refuse(f"--columns {columns!r}: give {'/'.join(COLUMNS)}=COLUMN; {name} has the columns {', '.join(there)}")
-    chosen = {what: next((n for n in names if n in there), names[0]) for what, names in COLUMNS.items()} | given
-    if rows and chosen["question"] not in there:
-        refuse(f"{name}: needs a column `prompt`, `problem` or `question`; its columns are: {', '.join(there)}")
+    chosen = {what: next(filter(filled, names), None) for what, names in COLUMNS.items()} | given
+    if rows and not chosen["question"]:
+        names = ", ".join(COLUMNS["question"])
+        refuse(f"{name}: the question must stand in one of the columns {names}; it has: {', '.join(there)}")
     return chosen
 
 
@@ -92,37 +124,53 @@ def load_problem_sets(names, n, columns="", needs="answer"):
     }
 
 
+KINDS = {"csv": "csv", "tsv": "csv", "parquet": "parquet", "json": "json", "jsonl": "json", "ndjson": "json"}
+
+
 def _rows(name):
-    """The dataset's rows. `datasets` is imported only for what plain JSON cannot read: it takes seconds."""
-    kind, where = Path(name).suffix, name
+    """The dataset's rows. A plain file of JSON is read here, as `datasets` takes seconds to import, and refuses columns
+    of numbers and texts."""
+    path, where = Path(name), name
     try:
-        if kind in (".jsonl", ".json"):
-            text = Path(name).read_text(encoding="utf-8-sig")
-            if kind == ".json" and text.lstrip().startswith("["):
-                return json.loads(text)
-            rows = []
+        if KINDS.get(path.suffix[1:]) == "json" and "*" not in name:
+            text, rows = path.read_text(encoding="utf-8-sig"), []
+            if path.suffix == ".json" and (whole := _json(text)) is not None:
+                return whole if isinstance(whole, list) else whole["data"] if "data" in whole else [whole]
             for i, line in enumerate(text.split("\n"), 1):
                 where = f"{name}, line {i}"
                 if line.strip():
                     rows.append(json.loads(line))
             return rows
-        from datasets import load_dataset
+        from datasets import load_dataset, load_from_disk
 
-        if kind in (".csv", ".parquet"):
-            return list(load_dataset(kind[1:], data_files=name, split="train"))
-        source, config, split = (name.split(":", 2) + [None, None])[:3]
+        kind = KINDS.get(re.sub(r"\.(gz|bz2|xz|zst)$", "", name).rpartition(".")[2])
+        if kind:  # one file, or many by a pattern
+            options = dict(keep_default_na=False, sep="\t" if ".tsv" in path.name else ",") if kind == "csv" else {}
+            return list(load_dataset(kind, data_files=name, split="train", **options))
+        source, config, split = (name.split(":", 2) + ["", ""])[:3]
+        if os.path.isdir(source) and {"state.json", "dataset_dict.json"} & {*os.listdir(source)}:
+            saved = load_from_disk(source)
+            return list(saved[split or "train"] if isinstance(saved, dict) else saved)
         return list(load_dataset(source, name=config or None, split=split or "train"))
     except Exception as error:  # every kind of trouble comes from there: files, formats, the network, names
         reason = f"{type(error).__name__}: {error}"[:300]
-        formats = "a sound .jsonl, .json, .csv or .parquet file, or name[:config[:split]] on the hub"
+        formats = "a sound .jsonl, .json, .csv, .tsv or .parquet file, a folder, or name[:config[:split]] on the hub"
         refuse(f"cannot load {where!r}; give {formats} ({reason})")
+
+
+def _json(text):
+    """A text that is one JSON value, or None: of lines, each one is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 _DATE = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro -%}"  # as Llama 3 has it where there is no clock
 
 
 def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
-    """Fill in each problem's `prompt`: its question as one user turn in the tokenizer's chat template -> None.
+    """Fill in each problem's `prompt`: its turns in the tokenizer's chat template -> None.
 
     `instruction` is appended to the question on a line of its own; `thinking` reaches templates that know it."""
     if not tokenizer.chat_template:
@@ -136,8 +184,8 @@ def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
     try:
         texts = []
         for p in problems:
-            content = p.question + ("\n" + instruction if instruction else "")
-            texts.append(tokenizer.apply_chat_template([{"role": "user", "content": content}], **options))
+            turn = {"role": "user", "content": p.question + ("\n" + instruction if instruction else "")}
+            texts.append(tokenizer.apply_chat_template([*p.before, turn], **options))
         for p, ids in zip(problems, tokenizer(texts, add_special_tokens=False)["input_ids"]):
             p.prompt = tuple(ids)
     except Exception as error:  # a template is a program, and a text may hold what cannot be encoded
@@ -146,9 +194,10 @@ def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
 
 def encode_responses(problems, tokenizer, end_id, vocab_size):
     """Fill in each problem's `response_ids`: of a text, its tokens, and the teacher's end token if it finishes."""
+    texts = [p for p in problems if p.response_ids is None and p.response]
+    encoded = tokenizer([p.response for p in texts], add_special_tokens=False)["input_ids"] if texts else []
+    for p, ids in zip(texts, encoded):
+        p.response_ids = ids + [end_id] if p.ended else ids
     for p in problems:
-        if p.response_ids is None and p.response is not None:
-            ids = tokenizer(p.response, add_special_tokens=False)["input_ids"]
-            p.response_ids = ids + [end_id] if p.ended else ids
-        elif p.response_ids and not all(isinstance(i, int) and 0 <= i < vocab_size for i in p.response_ids):
+        if p.response_ids and not all(isinstance(i, int) and 0 <= i < vocab_size for i in p.response_ids):
             refuse(f"`response_ids` of {p.question[:60]!r} are no ids below {vocab_size}: another tokenizer's?")

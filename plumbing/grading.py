@@ -68,6 +68,12 @@ def clean_reference(value):
     return find_answer(text) or text.rpartition("####")[2].strip() or None
 
 
+def can_be_graded(answer):
+    """Whether a reference is an answer, and no sentence, such as a solution without a box -> bool"""
+    text = re.sub(_FONT + r"|\\[A-Za-z]+", " ", answer)
+    return not needs_math_verify(answer) or len(re.findall(r"[A-Za-z]{2,}", text)) < 3
+
+
 def needs_math_verify(answer):
     """Does it take math-verify to grade by this reference? -> bool. Without it, data with such a one are refused."""
     return _number(answer) is None and _word(answer) is None
@@ -101,7 +107,8 @@ def _number(text):
     left, _, text = text.rpartition("=")
     text = re.sub(r"^[({]([^(){},]*)[)}]$", r"\1", text.strip("* ").rstrip("* .,;"))
     m = _NUMBER.fullmatch(_UNIT.sub("", text).strip())
-    if not m or re.search(r"[,;<>!≠]|\b(or|and)\b|=.*[A-Za-z] *$", left):  # x = 1, y = 5 is no chain of equal things
+    # x = 1, y = 5 is no chain of equal things, and what -x or 5x - 7y equals is not the answer
+    if not m or re.search(r"[,;<>!≠]|\b(or|and)\b|=.*[A-Za-z] *$|[-+*/\d] *[A-Za-z](?![A-Za-z])", left):
         return None
     sign, whole, digits, exponent, denominator = m.groups("")
     size = int(whole or 0) + Fraction(digits.replace(",", "") + exponent) / int(denominator or 1)

@@ -37,61 +37,99 @@ class Tokens:
 
 
 def load_tokens(args, problem_sets):
-    """Load the tokenizers and configs of the models that args names (student and teacher, or model), encode prompts and
-    responses of all problem sets, and refuse what cannot work. -> Tokens"""
+    """Load the tokenizers and configs of the models that args names (student and teacher, or model), and encode prompts
+    and responses of problem_sets: a list of (name, problems, how many tokens will be added). -> Tokens
+
+    What two models must agree on is checked here. An id must mean the same token to both, and a prompt must become the
+    same ids; all end tokens must be among those that can be said. Which token ends, and which one pads, may differ.
+    Rows that no prompt can be made of are left out of the lists and counted."""
     paths = {role: getattr(args, role) for role in ("student", "teacher", "model") if hasattr(args, role)}
     configs = {role: load_config(path, role).get_text_config() for role, path in paths.items()}
     tokenizers = {role: _load(transformers.AutoTokenizer, path, role) for role, path in paths.items()}
     student = next(iter(tokenizers.values()))
     asker = tokenizers.get("teacher", student)  # its chat template serves both
-    for problems in problem_sets:
+    for _, problems, _ in problem_sets:
         encode_prompts(problems, asker, args.thinking, args.instruction)
-    problems = [p for problems in problem_sets for p in problems]
-    unknown = [p.prompt.count(asker.unk_token_id) / len(p.prompt) for p in problems] if asker.unk_token else [0.0]
-    if (share := sum(unknown) / len(unknown)) > 0.05:  # a model would learn nothing, without complaint
-        example = problems[unknown.index(max(unknown))].question[:60]
-        refuse(
-            f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {asker.name_or_path!r}, as in "
-            f"{example!r}: models and data do not belong together"
-        )
-    added = {t for tok in tokenizers.values() for t in tok.get_added_vocab()}  # their roles may differ
-    if "teacher" in paths:
-        ids, teacher_ids = ({t: i for t, i in tok.get_vocab().items() if t not in added} for tok in (student, asker))
-        student.chat_template, some = asker.chat_template, [dataclasses.replace(p) for p in problem_sets[0][:256]]
-        if ids == teacher_ids:
-            encode_prompts(some, student, args.thinking, args.instruction)
-        if ids != teacher_ids or any(a.prompt != b.prompt for a, b in zip(some, problem_sets[0])):
-            refuse("--student and --teacher tokenize the same text differently: choose both from one family")
+    sample = [p for p in problem_sets[0][1][:256]]
+    if asker is not student:
+        mine, its = student.get_vocab(), asker.get_vocab()
+        texts, trouble = {i: token for token, i in its.items()}, None
+        for token, i in mine.items():
+            if its.get(token, i) != i or texts.get(i, token) != token:
+                trouble = f"id {i} is {token!r} for the student and {texts.get(i)!r} for the teacher"
+        student.chat_template, same = asker.chat_template, [dataclasses.replace(p) for p in sample]
+        encode_prompts(same, student, args.thinking, args.instruction)
+        if not trouble and any(a.prompt != b.prompt for a, b in zip(same, sample)):
+            used = asker.convert_ids_to_tokens(sorted({i for p in sample for i in p.prompt}))
+            trouble = f"the prompts use {', '.join(repr(t) for t in used if t not in mine)[:99] or 'other merges'}"
+        if trouble:
+            refuse(f"--student and --teacher tokenize differently ({trouble}): choose both from one family")
+    if args.thinking:
+        same = [dataclasses.replace(p) for p in sample[:1]]
+        encode_prompts(same, asker, False, args.instruction)
+        if same[0].prompt == sample[0].prompt and is_main():
+            print("warning: --thinking changes nothing: the chat template has no switch of this name")
+
     sizes = {role: config.vocab_size for role, config in configs.items()}
-    known = (i for tok in tokenizers.values() for t, i in tok.get_vocab().items() if t not in added)
-    needed = max(max(known), *(max(p.prompt) for p in problems)) + 1
-    if needed > min(sizes.values()):  # (Gemma 3's tokenizer has one more token, for images, than its small models)
-        refuse(
-            f"the tokenizer has ids up to {needed - 1}, but the vocabulary sizes in config.json are {sizes}: the "
+    added = {token for tokenizer in tokenizers.values() for token in tokenizer.get_added_vocab()}
+    known = [i for tokenizer in tokenizers.values() for token, i in tokenizer.get_vocab().items() if token not in added]
+    largest = max(*known, *(max(p.prompt) for _, problems, _ in problem_sets for p in problems))
+    if largest >= min(sizes.values()):
+        refuse(  # (Gemma 3's tokenizer has one more token, for images, than its small models, which no prompt has)
+            f"the tokenizer has ids up to {largest}, but the vocabulary sizes in config.json are {sizes}: the "
             "tokenizer is another model's, or model.resize_token_embeddings was forgotten"
         )
-    vocab_size = min(*sizes.values(), max(max(tok.get_vocab().values()) + 1 for tok in tokenizers.values()))
+    vocab_size = min(*sizes.values(), max(max(tokenizer.get_vocab().values()) + 1 for tokenizer in tokenizers.values()))
     if vocab_size < max(sizes.values()) and is_main():
         print(f"vocabulary sizes are {sizes}: logits cropped to the tokenizer's {vocab_size}")
     end_ids = set()
     for role, path in paths.items():
         for ids in (configs[role].eos_token_id, _generation_end(path), tokenizers[role].eos_token_id):
             end_ids.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-    end_ids = tuple(sorted(i for i in end_ids if 0 <= i < vocab_size))
+    if beyond := [i for i in end_ids if not 0 <= i < vocab_size]:
+        names = asker.convert_ids_to_tokens(beyond)
+        refuse(f"the end tokens {beyond} ({names}) lie beyond the vocabulary of {vocab_size} that all models have")
     if not end_ids:
         refuse(f"no response could ever end: set an end token, eos_token_id below {vocab_size}, in a config.json")
-    encode_responses(problem_sets[0], asker, asker.eos_token_id, vocab_size)
-    longest, new = max(problems, key=lambda p: len(p.prompt)), args.eval_max_new_tokens
-    new = max(new, getattr(args, "max_new_tokens", 0))
-    for role, config in configs.items():
-        room = getattr(config, "max_position_embeddings", None) or math.inf
-        if len(longest.prompt) + new > room:
+
+    room = min(map(_context, configs.values()))
+    special = [re.escape(token.content) for token in asker.added_tokens_decoder.values() if token.special]
+    control = re.compile("|".join(special) or r"(?!)")
+    for name, problems, new in problem_sets:
+        _leave_out(
+            name, problems, "have control tokens such as <|im_end|> in their text", lambda p: control.search(p.question)
+        )
+        least = min(len(p.prompt) for p in problems)
+        too_long = (
+            f"are too long for the context of {room}: the shortest prompt has {least} tokens, {new} are to be added"
+        )
+        _leave_out(name, problems, too_long, lambda p: len(p.prompt) + new > room)
+        unknown = [p.prompt.count(asker.unk_token_id) / len(p.prompt) for p in problems] if asker.unk_token else [0.0]
+        if (share := sum(unknown) / len(unknown)) > 0.05:  # a model would learn nothing, without complaint
+            example = problems[unknown.index(max(unknown))].question[:60]
             refuse(
-                f"the longest prompt has {len(longest.prompt)} tokens; with {new} new ones it exceeds the {role}'s "
-                f"context of {room}: lower --max_new_tokens and --eval_max_new_tokens or leave out "
-                f"{longest.question[:60]!r}..."
+                f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {asker.name_or_path!r}, as in "
+                f"{example!r}: models and data do not belong together"
             )
-    return Tokens(student, end_ids, vocab_size)
+    encode_responses(problem_sets[0][1], asker, asker.eos_token_id, vocab_size)
+    return Tokens(student, tuple(sorted(end_ids)), vocab_size)
+
+
+def _leave_out(name, problems, why, is_out):
+    """Take problems out of a list, and say how many; refuse to take all."""
+    kept = [p for p in problems if not is_out(p)]
+    if not kept:
+        refuse(f"{name}: all rows {why}")
+    if len(kept) < len(problems) and is_main():
+        print(f"{name}: left out {len(problems) - len(kept)} rows that {why}")
+    problems[:] = kept
+
+
+def _context(config):
+    """The tokens that a model can read. Beyond longrope's first length the keys of a cache are others than without."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return first or getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def _generation_end(path):
@@ -195,6 +233,11 @@ def load_model(path, precision):
     if made_up:
         trouble = f"{len(made_up)} missing or of another shape, such as {made_up[0]}"
         refuse(f"the weights in {path!r} do not fit its config.json ({trouble}): copy or download it again")
+    if report["unexpected_keys"]:
+        first, n = min(report["unexpected_keys"]), len(report["unexpected_keys"])
+        refuse(
+            f"config.json in {path!r} has no place for {n} of its weights, such as {first}: they are another model's"
+        )
     model = model.to(device_here()).requires_grad_(False).eval()
     if model.device.type == "cpu" and model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much
@@ -202,7 +245,11 @@ def load_model(path, precision):
 
 
 def load_config(path, role):
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        refuse(f"--{role} {path!r} is an adapter (LoRA): merge it by peft's merge_and_unload, and save the whole model")
     config = _load(transformers.AutoConfig, path, role)
+    if getattr(config, "quantization_config", None):
+        refuse(f"--{role} {path!r} is quantised, which can be neither trained nor compared here: take the full weights")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         refuse(f"--{role} {path!r} is a {config.model_type} model: give a causal language model")
     return config

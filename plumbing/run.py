@@ -77,12 +77,13 @@ class Run:
         self.args, self.out = args, Path(args.out_dir)
         before = _read_args(args, steps_may_grow)
         self.step = max(checkpoints(self.out), default=0)
-        self.problems, column, settings = load_problems(args.data, needs, args.columns)
+        self.problems, columns, settings = load_problems(args.data, needs, args.columns)
         self.problem_sets = {}
         if args.eval_data != "none":
             self.problem_sets = load_problem_sets(args.eval_data, args.eval_problems)
         problems = [self.problems, *self.problem_sets.values()]
-        self.tokens = load_tokens(args, problems)
+        new = [args.max_new_tokens] + [args.eval_max_new_tokens] * len(self.problem_sets)
+        self.tokens = load_tokens(args, list(zip([args.data, *self.problem_sets], problems, new)))
         self.prompt_len = max(len(p.prompt) for p in self.problems)
         self.row, self.memory, self.logged = {"step": 0}, {}, False
         self.stop_asked = self.stopping = False
@@ -94,7 +95,8 @@ class Run:
         if not is_main():
             return
         first = self.tokens.tokenizer.decode(self.problems[0].prompt)
-        print(f"{args.data}: {len(self.problems)} problems, from column `{column}`. The first prompt:")
+        chosen = ", ".join(f"{what}={column}" for what, column in columns.items() if column)
+        print(f"{args.data}: {len(self.problems)} problems ({chosen}). The first prompt:")
         print("    " + (first if len(first) < 600 else first[:600] + " ...").replace("\n", "\n    ").rstrip())
         for name, value in self.inputs.items():
             if before.get("inputs", self.inputs).get(name) != value:
@@ -348,13 +350,13 @@ def read_lines(path):
 
 def in_words(row, k):
     """A line about an evaluation, and a second one where most answers could not be read."""
-    line = f"Avg@{k} {row['avg_at_k']:.3f}  Pass@{k} {row['pass_at_k']:.3f}  finished {row['eval_ended']:.1%}"
+    line = f"solved (Avg@{k}) {row['avg_at_k']:.3f}  Pass@{k} {row['pass_at_k']:.3f}  finished {row['eval_ended']:.1%}"
     line += f"  length {row['eval_len']:.1f}  entropy {row['eval_entropy']:.3f}"
     if row["eval_marked"] < 0.5:
         line += (
-            f"\nwarning: only {row['eval_marked']:.0%} of the responses mark an answer by \\boxed{{}} or ####: ask for "
-            "it by --instruction, or let them finish by a larger --eval_max_new_tokens"
+            f"\nwarning: only {row['eval_marked']:.0%} of the responses mark an answer: ask for it by --instruction, "
         )
+        line += "or let them\nfinish by a larger --eval_max_new_tokens"
     return line
 
 

@@ -27,7 +27,7 @@ import opd
 from plumbing.arguments import check_args, parse
 from plumbing.run import Run
 
-ROW = {"question": "What is 1+1?", "answer": "2", "response": "2"}
+ROW, SYSTEM = {"question": "What is 1+1?", "answer": "2", "response": "2"}, {"role": "system", "content": "Be brief."}
 
 
 def put(path, content):
@@ -64,6 +64,13 @@ set_to = lambda name, key, value: edit(name, rb'"%b": (\[[^]]*\]|[^,}]*)' % key,
 NO_END = [set_to("config.json", b"eos_token_id", b"null"), set_to("tokenizer_config.json", b"eos_token", b"null")]
 NO_END += [remove("generation_config.json")]
 NO_NORM = edit("model.safetensors", b"model.norm.weight", b"model.norm.height")
+EXCHANGED = edit(
+    "tokenizer.json", b"<.im_(start|end).>", lambda m: b"<|im_end|>" if b"start" in m[0] else b"<|im_start|>"
+)
+QUANTISED = edit("config.json", rb"^\{", b'{"quantization_config": {"quant_method": "fp8"},')
+ONE_LAYER = [set_to("config.json", b"num_hidden_layers", b"1")]
+ONE_LAYER += [set_to("config.json", b"layer_types", b'["full_attention"]')]
+END_BEYOND = set_to("generation_config.json", b"eos_token_id", b"400")
 NAN = set_to("config.json", b"rms_norm_eps", b"NaN")
 TOY = dict(student=str(ROOT / "toy/student"), teacher=str(ROOT / "toy/teacher"), eval_max_new_tokens=6)
 BEFORE_MODELS = {
@@ -83,28 +90,29 @@ BEFORE_MODELS = {
     "args.json of something else": (in_out_dir("args.json", "[1]"), "args.json is damaged", "--out_dir"),
     # data
     "no data file": (dict(data="nowhere.jsonl"), "cannot load 'nowhere.jsonl'", "No such file"),
-    "empty file": (data("a.jsonl", "\n\n"), "a.jsonl: no rows in it"),
+    "empty file": (data("a.jsonl", "\n\n"), "a.jsonl: no rows left", "it is empty"),
     "not JSON": (data("a.jsonl", '{"question": "a"}\n{"question": \n'), "a.jsonl, line 2'", "JSONDecodeError"),
     "JSON without columns": (data("a.jsonl", '{"question": "a"}\n["b"]\n'), "row 2", "object", "list"),
     "damaged parquet": (data("a.parquet", b"PAR1 not really"), "cannot load", "a.parquet"),
     "unknown kind of file": (data("a.xlsx", b"PK"), "cannot load", "a.xlsx", ".jsonl"),
     "not on the hub": (dict(data="no-such-organisation/no-such-data"), "'no-such-organisation/no-such-data'", "hub"),
-    "wrong columns": (data("a.jsonl", [{"text": "a", "label": 1}]), "needs a column `prompt`", "text, label"),
-    "a row of other columns": (second_row({"text": "a"}), "row 2: `question` must be a text", "is null", "are: text"),
-    "columns that change on the way": (second_row({"prompt": "a"}), "row 1: `prompt` must be a text", "is null"),
+    "wrong columns": (data("a.jsonl", [{"text": "a", "label": 1}]), "the columns messages, prompt", "text, label"),
     "a column that is not there": (dict(columns="question=task"), "--columns 'question=task'", "question, answer"),
-    "a column of no meaning": (dict(columns="level=answer"), "--columns 'level=answer'", "question/answer/response"),
-    "messages for a question": (second_row({"prompt": [{"role": "user"}]}, "eval_data"), "row 1: `prompt`"),
-    "empty question": (second_row({"question": " "}), "row 2: `question` must be a text"),
-    "nothing to evaluate by": (data("a.jsonl", [{"question": "a"}], "eval_data"), "a.jsonl: no rows with answers"),
-    "list for an answer": (second_row(ROW | {"answer": [1]}, "eval_data"), "row 2: `answer` must be", "is [1]"),
-    "list for a response": (second_row(ROW | {"response": [1]}), "row 2: `response` must be a text", "is [1]"),
-    "text for response_ids": (second_row(ROW | {"response_ids": "1 2"}), "row 2: `response_ids` must be a list"),
+    "a column of no meaning": (dict(columns="level=answer"), "--columns 'level=answer'", "question/response/answer"),
+    "a turn without content": (second_row({"prompt": [{"role": "user"}]}, "eval_data"), "row 2: needs a text or"),
+    "a number for a question": (second_row({"question": 5}), "row 2: needs a text or a conversation that asks", ": 5"),
+    "a conversation that asks nothing": (second_row({"question": [SYSTEM]}), "row 2: needs a text or a conversation"),
+    "nothing to evaluate by": (data("a.jsonl", [{"question": "a"}], "eval_data"), "no rows left", "1 rows without an"),
+    "no row with a question": (data("a.jsonl", [{"question": " "}]), "a.jsonl: no rows left", "1 rows without a que"),
+    "list for an answer": (second_row(ROW | {"answer": [1]}, "eval_data"), "row 2: needs", '"answer": [1]'),
+    "list for a response": (second_row(ROW | {"response": [1]}), "row 2: needs", '"response": [1]'),
+    "text for response_ids": (second_row(ROW | {"response_ids": "1 2"}), "row 2: needs", "token ids as response"),
     "ids of another vocabulary": (second_row(ROW | {"response_ids": [5, 303]}), "no ids below 303", "1+1"),
     "half a character": (second_row({"question": "broken \ud83d emoji"}), "broken"),
-    "prompt longer than the context": (second_row({"question": "why " * 600}), "context of 512", "why why"),
-    "responses longer than the context": (dict(max_new_tokens=512), "context of 512", "--max_new_tokens"),
-    "evaluation longer than the context": (dict(eval_max_new_tokens=600), "context of 512", "--eval_max_new_tokens"),
+    "prompts longer than the context": (data("a.jsonl", [{"question": "why " * 600}]), "context of 512", "to be added"),
+    "control tokens in every question": (data("a.jsonl", [{"question": "<|im_end|>"}]), "all rows have control tok"),
+    "responses longer than the context": (dict(max_new_tokens=512), "context of 512", "512 are to be added"),
+    "evaluation longer than the context": (dict(eval_max_new_tokens=600), "context of 512", "600 are to be added"),
     "a language that the toy does not speak": (TOY, "% of the prompts' tokens are unknown", "do not belong together"),
     # models
     "no such student": (dict(student="no-such-organisation/no-such-model"), "student 'no-such", "is no folder here"),
@@ -118,15 +126,21 @@ BEFORE_MODELS = {
     "damaged tokenizer": (teacher(write("tokenizer.json", "{")), "the teacher", "Tokenizer"),
     "no chat template": (teacher(remove("chat_template.jinja")), "no chat template", "chat_template.jinja"),
     "bad chat template": (teacher(write("chat_template.jinja", "{% for m in %}")), "chat template fails"),
-    "fewer tokens": (teacher(tokenizer(vocab_size=280)), "tokenize the same text differently", "one family"),
+    "fewer tokens": (teacher(tokenizer(vocab_size=280)), "tokenize differently (id", "one family"),
     "other tokenization": (student(edit("tokenizer.json", rb'(?s)"merges": \[.*\]', b'"merges": []')), "one family"),
     "few logits": (student(set_to("config.json", b"vocab_size", b"290")), "ids up to 302", "'student': 290"),
+    "tokens exchanged": (student(EXCHANGED), "tokenize differently (id 30", "one family"),
+    "an adapter beside the model": (student(write("adapter_config.json", "{}")), "adapter (LoRA)", "merge_and_unload"),
+    "an adapter alone": (teacher(remove("config.json"), write("adapter_config.json", "{}")), "merge_and_unload"),
+    "quantised": (teacher(QUANTISED), "--teacher", "is quantised", "take the full weights"),
+    "an end token out of reach": (teacher(END_BEYOND), "end tokens [400]", "beyond the vocabulary of 303"),
     "no end token": (student(*NO_END) | teacher(*NO_END), "end token", "eos_token_id", "config.json"),
 }  # fmt: skip
 WITH_MODELS = {
     "weights cut short": (teacher(lambda path: halve(path / "model.safetensors")), "is damaged or incomplete", "again"),
     "other shape": (student(set_to("config.json", b"intermediate_size", b"96")), "do not fit", "config", "mlp"),
     "a missing weight": (teacher(NO_NORM), "do not fit", "1 missing"),
+    "fewer layers than weights": (teacher(*ONE_LAYER), "config.json in", "no place for", "model.layers.1."),
     "a student of NaN": (student(NAN), "cannot be sampled or scored here", "not finite"),
     "a teacher of NaN": (teacher(NAN), "cannot be sampled or scored here", "not finite"),
 }  # fmt: skip
@@ -136,9 +150,9 @@ CASES += [
     *(("curriculum", f"{x!r}", (dict(lengths=x), f"--lengths is {x!r}")) for x in ("", "4,x", "6,4", "128,256")),
     ("curriculum", "many lengths", (dict(lengths="1,2,4,6"), "--steps is 3, but --lengths has 4 stages")),
     ("curriculum", "all held out", (dict(lengths="2,4", held_out=12), "--held_out is 12", "train.jsonl")),
-    ("curriculum", "no responses", (NO_RESPONSE | dict(prefixes="teacher"), "no rows with responses")),
-    ("sft_offpolicy", "no responses", (NO_RESPONSE, "no rows with responses", "python evaluate.py --model")),
-    ("grpo", "no answers", (NO_RESPONSE, "a.jsonl: no rows with answers")),
+    ("curriculum", "no responses", (NO_RESPONSE | dict(prefixes="teacher"), "1 rows without a response")),
+    ("sft_offpolicy", "no responses", (NO_RESPONSE, "1 rows without a response", "python evaluate.py --model")),
+    ("grpo", "no answers", (NO_RESPONSE, "a.jsonl: no rows left", "without an answer that can be graded")),
     ("evaluate", "k > n", (dict(eval_k=4, eval_n=3), "--eval_k is 4 but --eval_n is 3")),
 ]  # fmt: skip
 

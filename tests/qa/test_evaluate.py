@@ -19,7 +19,6 @@ import opd
 from plumbing.arguments import parse
 from plumbing.data import Problem, load_problem_sets, load_problems
 from plumbing.run import in_words, read_lines
-from toy import findings
 
 
 def evaluated(capsys, **arguments):
@@ -35,7 +34,7 @@ def test_evaluate_gives_the_numbers_of_the_training_log_and_curves_show_them(wor
     more, file = dict(eval_temperature=0, eval_k=8, eval_max_new_tokens=6), tmp_path / "all.jsonl"
     drawn, plot = [], Axes.plot
     run("opd", **world | more, out_dir=tmp_path / "run")
-    assert "  Avg@1 " in capsys.readouterr().out
+    assert "  solved (Avg@1) " in capsys.readouterr().out
     monkeypatch.setattr(Axes, "plot", lambda *a, label, **more: drawn.append(label) or plot(*a, label=label, **more))
     draw_curves(shutil.copytree(tmp_path / "run", tmp_path / "cost_$5_lr_$6"))  # which is no mathematics
     assert [*filter(None, drawn)] == "loss entropy eval_entropy response_len eval_len avg_at_k pass_at_k".split()
@@ -43,8 +42,9 @@ def test_evaluate_gives_the_numbers_of_the_training_log_and_curves_show_them(wor
     printed, ((_, *cells),) = evaluated(capsys, **more)
     m = read_log(tmp_path / "run")[-1]
     accuracy = [f"{m[x]:.3f} ± {m[x + '_ci']:.3f}" for x in ("avg_at_k", "pass_at_k")]
-    marks = [f"{m['eval_ended']:.1%}", f"{m['eval_len']:.1f}", f"{m['eval_marked']:.1%}", f"{m['eval_entropy']:.3f}"]
-    assert cells == ["3", *accuracy, *marks] and "| Avg@1 | Pass@1 |" in printed
+    shares = [f"{m[f'eval_{x}']:.3f}" for x in ("ended", "useful", "marked", "entropy")]
+    shares.insert(2, f"{m['eval_len']:.1f}")
+    assert cells == ["3", *accuracy, *shares] and "| solved (Avg@1) | Pass@1 |" in printed
     ids = [[row["response_ids"] for row in read_lines(x)] for x in (file, tmp_path / "run/responses-3.jsonl")]
     assert ids[0] == ids[1] and len(ids[0]) == 3
 
@@ -55,7 +55,7 @@ def test_a_teachers_responses_are_data_as_they_stand_and_a_kill_costs_none(world
     ask = dict(model=world["teacher"], eval_data=prompts, eval_k=2, eval_max_new_tokens=6, eval_batch_size=4)
     whole, killed = str(tmp_path / "whole.jsonl"), str(tmp_path / "killed.jsonl")
     table = evaluated(capsys, **ask, out_file=whole)[1]
-    assert table[0][1:4] == ["5", "no answers", "no answers"]
+    assert [table[0][i] for i in (1, 2, 3, 5)] == ["5", "no answers", "no answers", "no answers"]
     with monkeypatch.context() as patch, pytest.raises(StopIteration):
         parts = iter([common.respond] * 2)  # of two problems each, and then it is killed
         patch.setattr(evaluate, "respond", lambda *args, **more: next(parts)(*args, **more))
@@ -76,6 +76,20 @@ def test_a_teachers_responses_are_data_as_they_stand_and_a_kill_costs_none(world
         run("evaluate", **ask, out_file=tmp_path)
 
 
+def test_responses_that_stand_in_the_file_are_graded_without_a_model(tmp_path, capsys):
+    """As vLLM may have made them: rows with one question are samples of one problem."""
+    rows = [dict(question="1+1?", answer=2, response=text) for text in ("\\boxed{2}", "\\boxed{3}", "#### 2", "two")]
+    rows += [dict(question="2+2?", answer=4, response="\\boxed{4}", ended=i > 0, level=1) for i in range(4)]
+    path, again = (write_jsonl(tmp_path / name, rows) for name in ("made.jsonl", "again.jsonl"))
+    printed, table = evaluated(capsys, model="none", eval_data=f"{path} , {again}", eval_k=2)
+    assert [row[0] for row in table] == [path, "level 1", again, "level 1"] and "solved (Avg@2) | Pass@2" in printed
+    assert table[0][1:] == ["2", "0.750 ± 0.490", "0.917 ± 0.163", "0.875", "0.625", "nan", "0.875", "nan"]
+    assert "Pass@4" in evaluated(capsys, model="none", eval_data=path)[0], "no k beyond what is there"
+    ids = write_jsonl(tmp_path / "ids.jsonl", [dict(question="a", answer=1, response_ids=[1])])
+    with pytest.raises(SystemExit, match="grades texts, and the response to 'a' is token ids"):
+        run("evaluate", model="none", eval_data=ids)
+
+
 def test_levels_and_several_sets_stand_below_each_other(world, tmp_path, capsys, monkeypatch):
     """... with a model that says 1 and then 2 to every question, which is 1: the first #### counts."""
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "decode", lambda *_, **__: "#### 1\n#### 2")
@@ -83,7 +97,7 @@ def test_levels_and_several_sets_stand_below_each_other(world, tmp_path, capsys,
     sets = [write_jsonl(tmp_path / f"{n}.jsonl", rows[:n]) for n in (3, 1)]
     table = evaluated(capsys, model=world["student"], eval_data=",".join(sets), eval_k=1, eval_max_new_tokens=2)[1]
     names, shares = [sets[0], "level 2", "level 9", "level 10", sets[1], "level 10"], [0.667, 1, 0, 1, 1, 1]
-    assert [(row[0], float(row[2][:5]), row[6]) for row in table] == [(*x, "100.0%") for x in zip(names, shares)]
+    assert [(row[0], float(row[2][:5]), row[7]) for row in table] == [(*x, "1.000") for x in zip(names, shares)]
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": f"{i}?", "answer": i} for i in range(10)])
     assert [p.answer for p in load_problem_sets(path, 4)[path]] == ["0", "2", "5", "7"], "evenly spread"
 
@@ -96,9 +110,11 @@ def test_metrics_worked_out_by_hand_and_their_means_over_sets(monkeypatch):
     m = common.summarize([dict(problem=p, correct=c, **of_four(i)) for i, (p, c) in enumerate(right)], k=2)
     assert (m["avg_at_k"], m["pass_at_k"], m["eval_len"], m["problems"]) == (0.625, 0.75, 11.5, 2)
     assert (m["eval_ended"], m["eval_entropy"], m["eval_marked"]) == (0.75, 6.5 / 11.5, 0.25), "per token, not response"
+    assert m["eval_useful"] == 0.375, "the first of each four was cut"
     assert m["avg_at_k_ci"] == pytest.approx(1.96 * (0.75 / 2**0.5) / 2**0.5)
-    line, warning = in_words(m | dict(eval_len=32768.0, eval_entropy=11.9), 16).split("\n")
-    assert len(f"step 10000  {line}") <= 100 and "only 25% of the responses mark an answer" in warning
+    line, *warning = in_words(m | dict(eval_len=32768.0, eval_entropy=11.9), 16).split("\n")
+    assert max(map(len, [f"step 10000  {line}", *warning])) <= 100
+    assert warning[0].startswith("warning: only 25% of the responses mark an answer")
     assert "\n" not in in_words(m | {"eval_marked": 0.5}, 16)
     names, sets = ("avg_at_k", "avg_at_k_ci", "problems"), {"a": (0.2, 0.18, 30), "b": (0.6, 0.04, 1319)}
     monkeypatch.setattr(common, "respond", lambda model, problems, *_, **__: [{"name": problems[0].question}])
@@ -108,46 +124,55 @@ def test_metrics_worked_out_by_hand_and_their_means_over_sets(monkeypatch):
     assert m["avg_at_k_ci"] == pytest.approx((0.18**2 + 0.04**2) ** 0.5 / 2) and [r["set"] for r in said] == [*sets]
 
 
-def test_findings_are_differences_with_t_intervals_that_leave_out_zero(tmp_path, monkeypatch):
-    assert [compare.t_quantile(n) for n in (1, 9, 120)] == pytest.approx([12.706, 2.262, 1.980], rel=2e-3)
-    seeds = lambda *values: [[{"flops": 0.0, "avg_at_k": 0.2}, {"flops": 4.0, "avg_at_k": x}] for x in values]
+def test_a_finding_needs_an_interval_without_zero_and_the_sign_in_every_world(monkeypatch):
+    assert [compare.mean_ci([0.0] * n + [1.0])[1] for n in (1, 2)] == pytest.approx([12.706 / 2, 4.303 / 3], rel=1e-3)
+    seeds = lambda *values: [{"FLOPs": [0.0, 4.0], "solved": [0.2, x]} for x in values]
     worlds = {"one": dict(a=seeds(0.2, 0.25, 0.3), b=seeds(0.5, 0.5, 0.5)), "two": dict(a=seeds(0.6), b=seeds(0.5))}
-    numbers = [(+1, lambda v: v("a") - v("b")), (-1, lambda v: v("a") - v("b")), (-1, lambda v: v("a") - 0.3)]
-    numbers += [(+1, lambda v: v("b", "avg_at_k", [2.0] * 3) - 0.2)]  # after half of the FLOPs
-    monkeypatch.setattr(findings, "claims", lambda args: [("axis", "a claim", *number) for number in numbers])
-    said = compare.write_findings(worlds, compare.Args(out_dir=str(tmp_path)))
-    found = re.findall(r"\| ([-+.\d]+ ± \S+) \| ([-+.\d]+) \| (.*) \|", said)
-    assert found[:2] == [("-0.250 ± 0.124", "+0.100", f"{word} in 1 of 2") for word in ("the opposite", "found")]
-    assert found[2:] == [("-0.050 ± 0.124", "+0.300", "not found"), ("+0.150 ± 0.000", "+0.150", "found")]
+    worlds["one"]["half"] = [run | {"FLOPs": [0.0, 2.0]} for run in seeds(0.4, 0.4, 0.4)]
+    worlds["two"] |= dict(half=seeds(0.9), c=seeds(0.6))
+    worlds["one"]["c"] = seeds(0.3, 0.3, 0.3)
+    expected = [
+        (("a differs by world", -1, "solved", ["a"], ["b"]), "-0.250 | -0.374 to -0.126 | +0.100 | open"),
+        (("gain", +1, "solved", ["a"], ["c"]), "-0.050 | -0.174 to +0.074 | +0.000 | open"),
+        (("sure", +1, "solved", ["b"], ["c"]), "+0.200 | +0.200 to +0.200 | -0.100 | open"),
+        (("after half of the FLOPs", +1, "solved at equal FLOPs", ["half"], ["b"]), "+0.050 | +0.050 to +0.050 | "),
+        (
+            ("two minus two", -1, "solved", ["half", "b"], ["c", "c"]),
+            "+0.300 | +0.300 to +0.300 | +0.200 | **opposite**",
+        ),
+        (("the same", +1, "solved", ["half", "b"], ["c", "c"]), "+0.300 | +0.300 to +0.300 | +0.200 | reproduced"),
+    ]
+    monkeypatch.setattr(compare, "CLAIMS", [claim for claim, _ in expected])
+    for row, (claim, says) in zip(compare.findings(worlds).splitlines()[2:], expected):
+        assert row.startswith(f"| {claim[0]} | {claim[2]} | {says}"), row
 
 
 def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch, capsys):
     """The whole of it in miniature, in this process: runs, tables and figures; the second time nothing runs."""
-    real, small = findings.plan, world | dict(steps=1, batch_size=2, lengths="6", eval_every=0)
+    real, small = compare.plan, world | dict(steps=1, batch_size=2, lengths="6", eval_every=0, max_new_tokens=6)
     student = lambda its, runs: its["student"] if its["student"] in runs else small["student"]
     shrink = lambda s, its, runs: (s, its | arguments_of(s, small, student=student(its, runs)))
-    plan = lambda *args: {name: shrink(*run, real(*args)) for name, run in real(*args).items()}
+    plan = lambda place: {kind: shrink(*run, real(place)) for kind, run in real(place).items()}
     done = lambda result: [future := concurrent.futures.Future(), future.set_result(result)][0]
     pool = SimpleNamespace(submit=lambda function, *args: done(function(*args)), shutdown=lambda **_: None)
-    monkeypatch.setattr(findings, "plan", plan)
+    built = lambda place, seed: [Path(place).mkdir(), Path(place, f"seed-{seed}").touch(), None][-1]
+    monkeypatch.setattr(compare, "plan", plan)
+    monkeypatch.setattr(compare.build, "main", built)
     monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", lambda *args, **options: pool)
-    words = f"--out_dir={tmp_path} --worlds=toy --seeds=1 --steps=4 --rl_steps=1 --short=2 --length=9".split()
-    main = lambda *more: compare.main(parse(compare.Args, [*words, *more])) or parse(compare.Args, words)
-    args = main()
-    assert {f"{name}.png" for name in findings.figures(args)} <= {path.name for path in tmp_path.iterdir()}
-    assert (tmp_path / "findings.md").read_text(encoding="utf-8").count("| one seed |") == len(findings.claims(args))
-    assert list(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["toy"]) == list(real(args, "toy"))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*")}
-    compare.run_all(args, "toy", 1)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*")} and len(before) > 60
-    a, b = dirs = [str(tmp_path / f"toy/{name}-seed-0") for name in ("opd", "dagger_onpolicy")]
-    main("--dirs", *dirs)
-    file, unlike = Path(b, "args.json"), "not evaluated alike: they differ in --eval_k\n"
-    assert unlike not in capsys.readouterr().out and (tmp_path / "together.png").exists()
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"eval_k": 4}), encoding="utf-8")
-    main("--dirs", *dirs)
-    assert unlike in (said := capsys.readouterr().out) and f" | {read_log(a)[-1]['eval_entropy']:.3f} | " in said
-    refused = {"--worlds=toy,no": "'no', which is no folder", "--worlds=toy,./toy": "different names"}
-    for more, says in (refused | {"--seeds=0": "--seeds is 0, and must be at least 1"}).items():
+    main = lambda *words: compare.main(parse(compare.Args, [f"--out_dir={tmp_path}/out", *words]))
+    main("--worlds", f"toy,{tmp_path}/other-7", "--seeds=1")
+    out = tmp_path / "out"
+    assert (tmp_path / "other-7/seed-7").exists(), "a world that is missing is built"
+    assert {f"{name}.png" for name in compare.FIGURES} <= {path.name for path in out.iterdir()}
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert list(results) == ["toy", "other-7"] and list(results["toy"]) == list(real("toy")) and len(real("toy")) <= 20
+    assert results["toy"]["base-curriculum"][0]["gates"][0][0] == 6 and len(compare.CLAIMS) <= 10
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*")}
+    compare.run_all(compare.Args(out_dir=str(out), worlds="toy", seeds=1))
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/*/*")} and len(before) > 100
+    capsys.readouterr()
+    main("--dirs", a := str(out / "toy/opd-seed-0"), str(out / "toy/grpo-opd-seed-0"))
+    assert (out / "overlay.png").exists() and f" | {read_log(a)[-1]['eval_entropy']:.3f} | " in capsys.readouterr().out
+    for words, says in ({"--seeds=0": "--seeds is 0, and must be at least 1", "--dirs=no": "'no' has no log"}).items():
         with pytest.raises(SystemExit, match=says):
-            main(more)
+            main(words)

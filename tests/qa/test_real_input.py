@@ -1,9 +1,11 @@
 """The same scripts on input as it comes: published data formats, other architectures, the conventions of Qwen3."""
 
+import gzip
 import importlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import datasets
 import pandas
@@ -27,35 +29,85 @@ AIME = {"id": 60, "problem": "Find the number of minutes.", "answer": "025", "ur
 @pytest.mark.parametrize("row, answer", [(GSM8K, "72"), (MATH, "12"), (AMC, "27.0"), (AIME, "025")])
 def test_published_data_in_files_of_every_kind_and_from_the_hub(row, answer, tmp_path, monkeypatch):
     table, asked, load = pandas.DataFrame([row, row]), [], datasets.load_dataset
-    write_jsonl(tmp_path / "a.jsonl", [row, row])
-    (tmp_path / "lines.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes())
-    (tmp_path / "list.json").write_text(json.dumps([row, row], indent=1), encoding="utf-8")
+    put = lambda name, data: (tmp_path / name).write_bytes(data)
+    lines = Path(write_jsonl(tmp_path / "a.jsonl", [row, row])).read_bytes()
+    put("lines.json", b"\xef\xbb\xbf" + lines)
+    put("a.ndjson", lines)
+    put("a.jsonl.gz", gzip.compress(lines))
+    put("list.json", json.dumps([row, row], indent=1).encode())
+    put("data.json", json.dumps({"version": 1, "data": [row, row]}, indent=1).encode())
     table.to_parquet(tmp_path / "a.parquet")
     table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    datasets.Dataset.from_list([row, row]).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([row, row])}).save_to_disk(tmp_path / "splits")
+    for n in (1, 2):
+        write_jsonl(tmp_path / f"part-{n}.jsonl", [row])
     hub = lambda path, *more, **options: asked.append((path, *more, *options.values())) or [row, row]
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **o: (load if "data_files" in o else hub)(*a, **o))
-    for path in (*tmp_path.iterdir(), "openai/gsm8k:main:test", "math-ai/amc23::test", "zwhe99/DeepMath"):
-        problems, column, _ = load_problems(str(path), needs="answer")
-        assert column == ("problem" if "problem" in row else "question")
-        assert [(p.question, p.level) for p in problems] == [(row[column], "2" if "level" in row else None)] * 2
-        assert problems[1].answer == (answer.lstrip("0") if str(path).endswith(".csv") else answer), "a CSV has numbers"
+    local = [path for path in tmp_path.iterdir() if not path.name.startswith("part")]
+    assert len(local) == 11
+    local += [tmp_path / "part-*.jsonl", f"{tmp_path}/splits::train"]
+    for path in (*local, "openai/gsm8k:main:test", "math-ai/amc23::test", "zwhe99/DeepMath"):
+        problems, columns, _ = load_problems(str(path), needs="answer")
+        assert columns["question"] == ("problem" if "problem" in row else "question") and columns["answer"] == "answer"
+        assert [(p.question, p.level) for p in problems] == [
+            (row[columns["question"]], "2" if "level" in row else None)
+        ] * 2
+        assert float(problems[1].answer) == float(answer), "a CSV has numbers, so 025 is 25"
         assert grade(f"... so it is \\boxed{{{float(answer):g}}}.", problems[1].answer)
     assert asked[0] == ("openai/gsm8k", "main", "test") and asked[1][1:] == (None, "test") and asked[2][2] == "train"
 
 
+USER, SYSTEM = {"role": "user", "content": "Is 7 prime?"}, {"role": "system", "content": "Be brief."}
+FIRST = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+SAID = {"role": "assistant", "content": "Yes."}
+ASKED = "<|im_start|>user\nIs 7 prime?<|im_end|>\n"
+CONVERSATIONS = {  # a row: what stands before the question, the response, the answer
+    "messages": ({"messages": [SYSTEM, USER, SAID]}, "system\nBe brief.", "Yes.", None),
+    "several turns": ({"messages": [*FIRST, USER, SAID], "id": 1}, "assistant\nHello.", "Yes.", None),
+    "TRL: prompt and completion": ({"prompt": [USER], "completion": [SAID]}, None, "Yes.", None),
+    "TRL: texts": ({"prompt": "Is 7 prime?", "completion": "Yes."}, None, "Yes.", None),
+    "verl": ({"prompt": [USER], "reward_model": {"style": "rule", "ground_truth": "1"}}, None, None, "1"),
+    "a solution is no response": ({"problem": "Is 7 prime?", "solution": "So \\boxed{1}."}, None, None, "1"),
+    "final_answer": ({"problem": "Is 7 prime?", "solution": "So.", "final_answer": 1}, None, None, "1"),
+    "a column that is never filled": ({"prompt": None, "question": "Is 7 prime?"}, None, None, None),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+def test_conversations_and_columns_as_trainers_have_them(kind, world, tmp_path):
+    row, before, response, answer = CONVERSATIONS[kind]
+    problems, *_ = load_problems(write_jsonl(tmp_path / "a.jsonl", [row, row]), needs="answer" if answer else "")
+    assert [(p.question, p.response, p.answer) for p in problems] == [("Is 7 prime?", response, answer)] * 2
+    prompt = ask(world["student"], world["teacher"], problems=problems)[0]
+    assert ASKED in prompt and (not before or f"<|im_start|>{before}<|im_end|>\n{ASKED}" in prompt)
+
+
 def test_columns_can_be_named_and_rows_without_what_is_needed_are_counted(tmp_path, capsys):
     rows = [{"prompt": "p", "task": "t", "said": "s", "answer": a} for a in ("1", "", None, float("nan"), 0)]
+    rows += [
+        {"task": " ", "answer": 1},
+        {"task": "t", "answer": "The answer is 5."},
+        {"task": "t", "answer": "all real numbers"},
+    ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    problems, column, _ = load_problems(path, needs="answer", columns="question=task,response=said")
-    assert [(p.question, p.answer, p.response) for p in problems] == [("t", "1", "s"), ("t", "0", "s")]
-    assert column == "task" and "left out 3 rows without answer" in capsys.readouterr().out
-    assert [p.question for p in load_problems(path)[0]] == ["p"] * 5, "guessed, and nothing needed"
+    problems, columns, _ = load_problems(path, needs="answer", columns="question=task,response=said")
+    assert [(p.question, p.answer, p.response) for p in problems[:2]] == [("t", "1", "s"), ("t", "0", "s")]
+    assert columns["question"] == "task" and problems[2].answer == "all real numbers" and len(problems) == 3
+    assert "left out 4 rows without an answer that can be graded, 1 rows without a question" in capsys.readouterr().out
+    assert [p.question for p in load_problems(path)[0]] == ["p"] * 5, "one column for the whole file"
+    csv = tmp_path / "a.csv"
+    csv.write_text("question,answer\na,NA\nb,None\nc,1\nd,\n", encoding="utf-8")
+    assert [p.answer for p in load_problems(str(csv))[0]] == [None, None, "1", None]
 
 
 def ask(student, teacher, *argv, problems=None):
     """-> the prompt that the first question becomes, as text; and what the models have in common."""
     problems = problems or [Problem("Is 7 prime?")]
-    tokens = models.load_tokens(parse(opd.Args, [f"--student={student}", f"--teacher={teacher}", *argv]), [problems])
+    tokens = models.load_tokens(
+        parse(opd.Args, [f"--student={student}", f"--teacher={teacher}", *argv]), [("data", problems, 8)]
+    )
     return tokens.tokenizer.decode(problems[0].prompt), tokens
 
 
@@ -67,7 +119,7 @@ def test_a_response_is_a_text_that_finishes_unless_it_says_otherwise_or_ids_as_t
     yes = ask(world["student"], world["teacher"], problems=problems)[1].tokenizer("Yes.")["input_ids"]
     assert [p.response_ids for p in problems] == [[*yes, 302], yes, [7, 8], [*yes, 302]], "302: the teacher's end token"
     assert [p.ended for p in problems] == [True, False, True, True]
-    assert "left out 3 rows without response" in capsys.readouterr().out, "no empty response is trained on"
+    assert "left out 3 rows without a response" in capsys.readouterr().out, "no empty response is trained on"
 
 
 @pytest.mark.parametrize("script", ["opd", "sft_offpolicy"])
@@ -116,6 +168,32 @@ def test_the_prompt_is_the_teachers_template_with_what_was_asked_for(world, copi
     template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
     (copied / "chat_template.jinja").write_text(template, encoding="utf-8")
     assert prompt("--instruction=Box it.") == "26 Jul 2024: Is 7 prime?\nBox it."
+
+
+def test_rows_that_no_prompt_can_be_made_of_are_left_out_and_counted(world, copied, capsys):
+    """A control token in a text would end the turn; a prompt must leave room in the context. Beyond longrope's first
+    length the cache's keys are others than a pass without a cache would have."""
+    rows = [Problem("Is 7 prime?"), Problem("Is it? <|im_end|>"), Problem("why " * 600), Problem("a " * 60)]
+    ask(world["student"], copied, problems=rows)
+    assert [p.question for p in rows] == ["Is 7 prime?", "a " * 60]
+    said = capsys.readouterr().out
+    assert "data: left out 1 rows that have control tokens" in said
+    assert "data: left out 1 rows that are too long for the context of 512" in said
+    config, long = json.loads((copied / "config.json").read_text(encoding="utf-8")), [1.0] * 4
+    rope = dict(
+        rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=64, long_factor=long, short_factor=long
+    )
+    (copied / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}), encoding="utf-8")
+    ask(world["student"], copied, problems=rows)
+    assert [p.question for p in rows] == ["Is 7 prime?"]
+
+
+def test_a_switch_for_thinking_that_a_template_does_not_have_is_said(world, copied, capsys):
+    ask(world["student"], world["teacher"], "--thinking=true")
+    assert "--thinking" not in capsys.readouterr().out
+    (copied / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    ask(world["student"], copied, "--thinking=true")
+    assert "warning: --thinking changes nothing" in capsys.readouterr().out
 
 
 def test_vocabularies_are_cropped_to_the_tokenizer_and_a_token_for_images_may_lie_beyond(copied, tmp_path):
@@ -199,7 +277,7 @@ def test_prompts_without_answers_are_enough_and_the_first_is_shown(script, world
     for name in ("true", "false"):
         more = dict(data=data, eval_data="none", gradient_checkpointing=name, out_dir=tmp_path / name)
         run(script, **arguments_of(script, world, **more))
-    begins = f"{data}: 12 problems, from column `prompt`. The first prompt:\n    <|im_start|>user\n    Say 0 words.<|"
+    begins = f"{data}: 12 problems (question=prompt). The first prompt:\n    <|im_start|>user\n    Say 0 words.<|"
     rows, files = read_log(tmp_path / "true"), {path.name for path in (tmp_path / "true").iterdir()}
     assert begins in capsys.readouterr().out and rows == read_log(tmp_path / "false")
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[-1]["entropy"] > 0
