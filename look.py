@@ -1,65 +1,110 @@
-"""Look at rollouts: every token coloured by what the teacher says of it, log p_T(y|s) − log q_θ(y|s).
+"""Look at rollouts: every token coloured by what the teacher says of it, log p(y|s) − log q(y|s).
 
-    python look.py --student runs/opd/model                            what the student says, in the terminal
-    python look.py --student runs/opd/model --prefixes teacher         the teacher's own responses instead
-    python look.py --student runs/opd/model --picture look.png         and as a picture
+    python look.py --student runs/opd/model                          in the terminal, and as a page: runs/look.html
+    python look.py --student toy/base_student,runs/opd/model         before and after, on the same problems
+    python look.py --student runs/opd/model --prefixes teacher       the teacher's responses instead
 
-It is the reward of reverse KL's policy gradient, token by token (Proposition 1 (ii)): blue is what the teacher would
-say more often than the student does, orange what it would say less often; white is agreement. Numbers are nats, and
-stand behind a token where they exceed 0.5 either way. On the teacher's prefixes a blue token is one that the student
-has yet to learn, by SFT for example.
+The colour is the reward of reverse KL's policy gradient (Proposition 1 (ii)): blue is what the teacher says more often
+than the student, orange what it says less often. The page opens in any browser, without a network. Point at a token, or
+go there by arrow keys, to see both distributions at its prefix, and where a step of either KL pushes the student.
 """
 
-import math
+import json  # noqa: I001
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from common import check_models, sample, seed_of, token_log_probs
-from plumbing.arguments import check_args, parse
+from common import (
+    check_models, entropy, forward_kl, head_of, log_probs, logits_of, merge_ends, response_hidden, reverse_kl, sample,
+    seed_of,
+)  # fmt: skip
+from plumbing.arguments import check_args, parse, refuse
 from plumbing.data import load_problem_sets
-from plumbing.grading import grade
+from plumbing.grading import find_answer, grade
 from plumbing.models import load_model, load_tokens
 from plumbing.processes import is_main
 from plumbing.run import start
 
-BLUE, ORANGE, FULL = (0, 114, 178), (213, 94, 0), 4.0  # told apart by the colour-blind; FULL: nats of the full colour
+BLUE, ORANGE, FULL = (86, 180, 233), (230, 159, 0), 4.0  # the colour-blind can distinguish these; FULL: nats of them
+SLIP = 0.01  # a token to which the teacher gives less than this is marked as a slip
+ANY_END = -1  # stands for all end tokens where they are merged
 
 
 @dataclass
 class Args:
-    student: str = "toy/student"  # checkpoint folder or hub name
+    student: str = "toy/student"  # checkpoint folder or hub name; two of them, A,B, are compared
     teacher: str = "toy/teacher"  # checkpoint folder or hub name
     eval_data: str = "toy/eval.jsonl"  # problems with answers: a file, or name[:config[:split]]; several by commas
-    eval_problems: int = 3  # of each set, evenly spread; 0: all
+    eval_problems: int = 4  # of each set, evenly spread; 0: all
     eval_max_new_tokens: int = 96  # tokens at which a response is cut
     eval_temperature: float = 1.0  # of the sampler; 0 is greedy
     prefixes: Literal["student", "teacher"] = "student"  # whose responses
+    ends: Literal["apart", "as_one"] = "apart"  # as_one: all end tokens are one action in the comparison
     seed: int = 0  # of the sampler
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
+    columns: str = ""  # question=NAME,answer=NAME, where guessing the columns fails
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: the faster one; fp32 for tiny models
-    picture: str = ""  # a file to draw the same to, such as look.png
+    page: str = "runs/look.html"  # the page to write
 
 
-@torch.no_grad()
-def log_ratios(student, teacher, rollouts, vocab_size=None):
-    """log p_T(y|s) − log q_θ(y|s) of every response token, nats. -> B lists of floats"""
-    ratio = token_log_probs(teacher, rollouts, vocab_size) - token_log_probs(student, rollouts, vocab_size)
-    return [row.tolist() for row in ratio.split(rollouts.mask.sum(1).tolist())]
+def inspect(student, teacher, rollouts, end_ids, ends="apart", vocab_size=None, top=8):
+    """What both models say at the prefix of every response token -> B lists of dicts, in nats and probabilities:
+
+    id; ratio: log p − log q of this token; p; entropy_p, entropy_q; forward, reverse: the two KLs; slips: how much of q
+    lies on tokens that the teacher says with less than 1 %; top: [id, p, q, push of forward KL, push of reverse KL] of
+    the `top` most probable tokens of either model, by falling probability. A push is minus the gradient in the
+    student's logit: p − q, and q · (KL − log q/p)."""
+    with torch.no_grad():
+        models = [(model, response_hidden(model, rollouts), head_of(model, vocab_size)) for model in (student, teacher)]
+    said, found = rollouts.ids[rollouts.mask], []
+    for c in (slice(i, i + 64) for i in range(0, len(said), 64)):
+        with torch.no_grad():
+            q, p = (logits_of(model, hidden[c], *head).float() for model, hidden, head in models)  # (n, V)
+        ids, y = torch.arange(q.shape[-1]), said[c].cpu()
+        if ends == "as_one":
+            is_end = torch.isin(ids, torch.tensor(end_ids))
+            ids, y = torch.cat([ids[~is_end], torch.tensor([ANY_END])]), torch.where(is_end[y], ANY_END, y)
+            q, p = merge_ends(q, end_ids), merge_ends(p, end_ids)
+        q.requires_grad_()
+        kls = [kl(q, p) for kl in (forward_kl, reverse_kl)]  # (n,) each
+        pushes = [-torch.autograd.grad(kl.sum(), q)[0] for kl in kls]
+        log_q, log_p = log_probs(q.detach()), log_probs(p)
+        columns = [log_p.exp(), log_q.exp(), *pushes]  # (n, V) each
+        at = [x.detach() for x in (entropy(p), entropy(q), *kls)]
+        for t, token in enumerate(y.tolist()):
+            i = (ids == token).nonzero().item()
+            best = torch.cat([x[t].topk(min(top, len(ids))).indices for x in columns[:2]]).unique()
+            best = best[torch.maximum(columns[0][t, best], columns[1][t, best]).argsort(descending=True)].tolist()
+            numbers = dict(zip(("entropy_p", "entropy_q", "forward", "reverse"), (short(x[t]) for x in at)))
+            numbers |= dict(id=token, ratio=short(log_p[t, i] - log_q[t, i]), p=short(columns[0][t, i]))
+            numbers |= dict(slips=short(columns[1][t][columns[0][t] < SLIP].sum()))
+            found.append(numbers | dict(top=[[int(ids[j]), *(short(x[t, j]) for x in columns)] for j in best]))
+    tokens = iter(found)
+    return [[next(tokens) for _ in range(n)] for n in rollouts.lengths()[0].tolist()]
 
 
-def in_numbers(ratios):
-    """A line on where models disagree: on all tokens a little, or on a few of them."""
-    sizes = sorted((abs(x) for x in ratios), reverse=True)
-    n, few = len(sizes), math.ceil(len(sizes) / 100)
-    share, beyond = sum(sizes[:few]) / (sum(sizes) or 1.0), sum(x > FULL for x in sizes) / n
-    return (
-        f"{n} tokens, |log-ratio| {sum(sizes) / n:.2f} nats on average; the largest {few} carry {share:.0%} of all; "
-        f"beyond {FULL:.0f} nats: {beyond:.1%}"
-    )
+def short(x):
+    """Four digits of a number: a page must not hold more than it shows."""
+    return float(f"{float(x):.4g}")
+
+
+def repeats(ids, least=4, longest=8):
+    """[(where, length of what is repeated, how often)]: what is said at least 4 times in a row, of 8 tokens at most."""
+    found, i = [], 0
+    while i < len(ids):
+        best = (i, 1, 1)
+        for unit in range(1, longest + 1):
+            n = 1
+            while ids[i + n * unit : i + (n + 1) * unit] == ids[i : i + unit]:
+                n += 1
+            best = max(best, (i, unit, n), key=lambda one: one[1] * one[2] if one[2] >= least else 1)
+        found += [best] if best[2] >= least else []
+        i += best[1] * best[2] if best[2] >= least else 1
+    return found
 
 
 def colour(x):
@@ -73,70 +118,79 @@ def visible(token):
     return "".join("↵" if c == "\n" else c if c.isprintable() else "·" for c in token)
 
 
-def in_terminal(pieces):
-    """[(text, log-ratio)] as one string with colours; black on a background of its own, on any terminal."""
-    words = []
-    for text, x in pieces:
-        r, g, b = colour(x)
-        number = f"[{x:+.1f}]" if abs(x) > 0.5 else ""
-        words.append(f"\033[30;48;2;{r};{g};{b}m{visible(text)}{number}\033[0m" + "\n" * text.endswith("\n"))
-    return "".join(words)
-
-
-def draw(responses, path, title):
-    """[(heading, [(text, log-ratio)])] as a picture, each token a box, in lines of at most 100 letters."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    boxes, y = [], 0
-    for heading, pieces in responses:
-        boxes.append((0, y, heading, None))
-        x, y = 0, y + 1
-        for text, ratio in pieces:
-            word = visible(text) + (f" {ratio:+.1f}" if abs(ratio) > 0.5 else "")
-            if x + len(word) > 100:
-                x, y = 0, y + 1
-            boxes.append((x, y, word, ratio))
-            x += len(word) + 0.4
-        y += 2
-    figure = Figure(figsize=(12, 0.28 * y + 0.6), layout="constrained")
-    axis = figure.subplots()
-    style = dict(family="monospace", fontsize=11, color="black", va="center")
-    for x, row, word, ratio in boxes:
-        if ratio is not None:
-            face = [c / 255 for c in colour(ratio)]
-            axis.add_patch(Rectangle((x, row - 0.45), len(word), 0.9, facecolor=face, edgecolor="0.8", linewidth=0.5))
-        axis.text(x + 0.1, row, word.replace("$", r"\$"), weight="bold" if ratio is None else "normal", **style)
-    axis.set(xlim=(-0.5, 101), ylim=(y - 1, -1))
-    axis.set_title(title, parse_math=False)
-    axis.axis("off")
-    figure.savefig(path, dpi=110, facecolor="white")
+def in_terminal(tokens, words, width=100):
+    """A response as lines of at most `width` columns, black on colours of their own; what is repeated stands once."""
+    lines, used, again = [""], 0, {i + unit: (i, unit, n) for i, unit, n in repeats([t["id"] for t in tokens])}
+    t = 0
+    while t < len(tokens):
+        x, text = tokens[t]["ratio"], words[tokens[t]["id"]]
+        word = visible(text) + (f"[{x:+.1f}]" if abs(x) > 0.5 else "")
+        shown, t = "\033[30;48;2;{};{};{}m{}\033[0m".format(*colour(x), word), t + 1
+        if t in again:
+            i, unit, n = again[t]
+            mean = sum(token["ratio"] for token in tokens[t : i + unit * n]) / (n - 1)
+            word, shown = word + (more := f" × {n}, {mean:+.1f} nats each time "), shown + more
+            t = i + unit * n
+        if used + len(word) > width:
+            lines, used = [*lines, ""], 0
+        lines[-1], used = lines[-1] + shown, used + len(word)
+        if text.endswith("\n"):
+            lines, used = [*lines, ""], 0
+    return "\n".join(lines)
 
 
 def main(args: Args):
     start()
     check_args(args)
-    problems = [p for one in load_problem_sets(args.eval_data, args.eval_problems).values() for p in one]
-    tokens = load_tokens(args, [problems])
-    student, teacher = load_model(args.student, args.precision), load_model(args.teacher, args.precision)
-    check_models(student, teacher)
-    speaker, prompts = {"student": student, "teacher": teacher}[args.prefixes], [p.prompt for p in problems]
-    options = dict(temperature=args.eval_temperature, seed=seed_of(args.seed, "look"), vocab_size=tokens.vocab_size)
-    rollouts = sample(speaker, prompts, tokens.end_ids, args.eval_max_new_tokens, **options)
-    all_ratios, responses = log_ratios(student, teacher, rollouts, tokens.vocab_size), []
+    paths = [path.strip() for path in args.student.split(",")]
+    views, problems, words = [], None, {}
+    for path in paths:
+        args.student = path
+        sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns)
+        tokens = load_tokens(args, [(*one, args.eval_max_new_tokens) for one in sets.items()])
+        problems = [p for one in sets.values() for p in one]
+        student, teacher = load_model(path, args.precision), load_model(args.teacher, args.precision)
+        check_models(student, teacher)
+        speaker, prompts = {"student": student, "teacher": teacher}[args.prefixes], [p.prompt for p in problems]
+        options = dict(temperature=args.eval_temperature, seed=seed_of(args.seed, "look"), vocab_size=tokens.vocab_size)
+        rollouts = sample(speaker, prompts, tokens.end_ids, args.eval_max_new_tokens, **options)
+        said = inspect(student, teacher, rollouts, tokens.end_ids, args.ends, tokens.vocab_size)
+        for i, (ids, ended, numbers) in enumerate(zip(rollouts.responses(), rollouts.ended.tolist(), said)):
+            text = tokens.decode(ids)
+            right = grade(text, problems[i].answer)
+            view = dict(student=path, problem=i, right=right, ended=ended, answer=find_answer(text), tokens=numbers)
+            views.append(view | dict(repeats=repeats([t["id"] for t in numbers])))
+            names = {t["id"] for t in numbers} | {row[0] for t in numbers for row in t["top"]}
+            words |= {j: "any end token" if j == ANY_END else tokens.tokenizer.decode([j]) for j in names}
     if not is_main():
         return
-    for p, ids, ratios in zip(problems, rollouts.responses(), all_ratios):
-        right = grade(tokens.decode(ids), p.answer)
-        verdict = f"{'right' if right else 'wrong'}, reference {p.answer}; {len(ids)} tokens, Σ {sum(ratios):+.1f} nats"
-        pieces = list(zip([tokens.tokenizer.decode([i]) for i in ids], ratios))
-        responses.append((f"{' '.join(p.question.split())[:60]}   ({verdict})", pieces))
-        print(f"\n{responses[-1][0]}\n{in_terminal(pieces)}")
-    print("\n" + in_numbers([x for _, pieces in responses for _, x in pieces]))
-    if args.picture:
-        os.makedirs(os.path.dirname(args.picture) or ".", exist_ok=True)
-        draw(responses, args.picture, f"{args.prefixes} prefixes: log p_T − log q_θ, nats; {args.student}")
-        print(f"\nthe picture is {args.picture}")
+    print("blue: the teacher says it more often; orange: less often; [x]: log p − log q in nats, where beyond 0.5")
+    for view in sorted(views, key=lambda view: view["problem"]):
+        p, total = problems[view["problem"]], sum(t["ratio"] for t in view["tokens"])
+        verdict = f"{'right' if view['right'] else 'wrong'}, {'finished' if view['ended'] else 'cut'}"
+        verdict += f", {len(view['tokens'])} tokens, Σ {total:+.1f} nats"
+        whose = f"{view['student'] if args.prefixes == 'student' else args.teacher}: " if len(paths) > 1 else ""
+        print(f"\n{whose}{' '.join(p.question.split())[:50]}   ({verdict})\n{in_terminal(view['tokens'], words)}")
+    print()
+    for path in paths:
+        slips = [t["slips"] for view in views for t in view["tokens"] if view["student"] == path]
+        print(f"{path}: {sum(slips) / len(slips):.2%} of its probability is on tokens that the teacher gives under 1 %")
+    asked = [dict(question=p.question, answer=p.answer, prompt=tokens.tokenizer.decode(p.prompt)) for p in problems]
+    page = dict(teacher=args.teacher, students=paths, prefixes=args.prefixes, ends=args.ends, problems=asked)
+    page |= dict(views=views, words=words, full=FULL, slip=SLIP, end_ids=[ANY_END, *tokens.end_ids])
+    write_page(args.page, page)
+    print(f"the page is {args.page}: open it in a browser")
+
+
+def write_page(path, page):
+    """The template with its data, which no text in it can end early."""
+    template = (Path(__file__).parent / "plumbing" / "look.html").read_text(encoding="utf-8")
+    data = json.dumps(page, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        Path(path).write_text(template.replace("DATA", data), encoding="utf-8")
+    except OSError as error:
+        refuse(f"cannot write --page {path!r} ({error}): name another file")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import compare
@@ -101,17 +102,29 @@ def test_the_diff_in_readme_is_what_its_command_prints():
     assert [line.rstrip() for line in printed.splitlines()] == [line.rstrip() for line in lines]
 
 
-def test_the_numbers_are_those_of_results_json(tmp_path):
-    """figures/ is made of its results.json, and every number with an interval in the texts stands in its tables."""
+def test_the_numbers_are_those_of_results_json():
+    """figures/ is made of its results.json; the findings stand in results.md as they are, and every number with an
+    interval in the texts stands in a table of it."""
     committed = ROOT / "figures"
     worlds = json.loads(read(committed / "results.json"))
-    compare.write_findings(worlds, compare.Args(out_dir=str(tmp_path)))
-    compare.write_table(next(iter(worlds.values())), tmp_path / "table.md")
-    for name in ("findings.md", "table.md"):
-        assert read(tmp_path / name) == read(committed / name)
-    form = r"[+−-]?\d*\.\d+ ± \d*\.\d+"
-    numbers = {n for name in ("findings.md", "table.md") for n in re.findall(form, read(committed / name))}
-    numbers |= {n.lstrip("+-") for n in numbers}
-    for path in (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "lesson.md"):
-        stated = re.findall(form, read(path).replace("−", "-"))
-        assert [number for number in stated if number not in numbers] == [], path.name
+    assert compare.findings(worlds) == read(committed / "findings.md")
+    assert compare.summary(next(iter(worlds.values()))) == read(committed / "table.md")
+    assert read(committed / "findings.md") in read(ROOT / "docs/results.md")
+    form = r"\d*\.\d+ ± \d*\.\d+"
+    numbers = set(re.findall(form, read(committed / "table.md")))
+    for path in TEXTS:
+        if path.parent.name != "bench":
+            assert [number for number in re.findall(form, read(path)) if number not in numbers] == [], path.name
+
+
+def test_the_whole_idea_in_readme_runs_and_learns(monkeypatch, capsys):
+    """For 30 steps, of which the last five have less loss than the first five."""
+    code = re.search(r"^<!-- idea -->\n```python\n(.*?)^```", read(ROOT / "README.md"), re.M | re.S)[1]
+    assert len(code.splitlines()) <= 25 and "range(100)" in code
+    assert {*re.findall(r"^(?:import|from) (\w+)", code, re.M)} == {"torch", "transformers", "common"}
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    exec(code.replace("range(100)", "range(30)"), {})
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
