@@ -165,7 +165,8 @@ def main(args: Args):
     if not is_main():
         return
     print("blue: the teacher says it more often; orange: less often; [x]: log p − log q in nats, where beyond 0.5")
-    for view in sorted(views, key=lambda view: view["problem"]):
+    views.sort(key=lambda view: view["problem"])  # responses to one problem stand side by side
+    for view in views:
         p, total = problems[view["problem"]], sum(t["ratio"] for t in view["tokens"])
         verdict = f"{'right' if view['right'] else 'wrong'}, {'finished' if view['ended'] else 'cut'}"
         verdict += f", {len(view['tokens'])} tokens, Σ {total:+.1f} nats"

@@ -361,23 +361,29 @@ def in_words(row, k):
 
 
 def draw_curves(out):
-    """curves.png from log.jsonl: loss, entropy, response length, accuracy over steps."""
+    """curves.png from log.jsonl. Thin lines are the rollouts of training, points are evaluations."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rows, figure = read_lines(out / "log.jsonl"), Figure(figsize=(10, 6.5), layout="constrained")
+    rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    rows, figure = read_lines(out / "log.jsonl"), Figure(figsize=(13, 7), layout="constrained")
     panels = {
-        "loss (nats per response token)": {"loss": "-"},
-        "entropy (nats per token)": {"entropy": "-", "eval_entropy": "o--"},
-        "response length (tokens)": {"response_len": "-", "eval_len": "o--"},
-        "accuracy on eval_data": {"reward": "-", "avg_at_k": "o-", "pass_at_k": "s--"},
+        "loss (nats)": {"loss": "training"},
+        "gradient norm": {"grad_norm": "training"},
+        "entropy (nats)": {"entropy": "training", "eval_entropy": "evaluation"},
+        "length (tokens)": {"response_len": "training", "eval_len": "evaluation"},
+        "share finished": {"ended": "training", "eval_ended": "evaluation"},
+        "solved": {"reward": "training", "avg_at_k": "solved", "eval_useful": "useful", "pass_at_k": "Pass@k"},
     }
-    for axis, (title, styles) in zip(figure.subplots(2, 2).flat, panels.items()):
-        for name, style in styles.items():
+    marks = dict(zip(("evaluation", "solved", "useful", "Pass@k"), ("#D55E00", "#D55E00", "#0072B2", "#009E73")))
+    for axis, (title, lines) in zip(figure.subplots(2, 3).flat, panels.items()):
+        for (name, label), marker in zip(lines.items(), "os^D"):
             points = [(row["step"], row[name]) for row in rows if name in row]
+            style = dict(color=marks[label], marker=marker, linewidth=2) if label in marks else dict(color="0.6")
             if points:
-                axis.plot(*zip(*points), style, label=name, markersize=4)
-        axis.set(title=title, xlabel="step")
-        if axis.lines:
+                axis.plot(*zip(*points), label=label, **style)
+        axis.set(title=title, xlabel="step", ylim=(-0.03, 1.03) if title in ("share finished", "solved") else None)
+        if len(axis.lines) > 1:
             axis.legend(frameon=False)
     figure.suptitle(str(out), parse_math=False)
-    figure.savefig(out / "curves.png", dpi=110)
+    figure.savefig(out / "curves.png", dpi=80)

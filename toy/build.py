@@ -71,31 +71,14 @@ TRAIN_ROWS, EVAL_ROWS = 4096, 128
 LEVELS = (3, 4, 5)  # numbers in a sum
 CONTEXT = 256  # tokens
 
-TEACHER = dict(
-    hidden_size=96,
-    intermediate_size=288,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=24,
-    tie_word_embeddings=False,
-)
-TEACHER_STEPS, TEACHER_LR = 2000, 2e-3
+TEACHER = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3, head_dim=24, tie_word_embeddings=False)
+STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, head_dim=16, tie_word_embeddings=True)
+STEPS, TEACHER_LR, STUDENT_LR = 2000, 2e-3, 1e-2
 SABOTAGE = 0.5  # fraction of the teacher's documents with mistakes put in:
 SABOTAGE_RATE = 0.25  # of their steps with a wrong digit ...
 SABOTAGE_STOP = 0.4  # ... and of their decisions, to answer or to write another line, the wrong way
 TEACHER_RESTATES = 0.03  # how likely it says its answer once more, each time, before <|im_end|>
 
-STUDENT = dict(
-    hidden_size=64,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=16,
-    tie_word_embeddings=True,
-)
-STUDENT_STEPS, STUDENT_LR = 2000, 1e-2
 STUDENT_SLIPS = 0.2  # wrong digits per step in the text that the student has learned from
 STUDENT_ANSWERS = {True: 0.85, False: 0.35}  # how likely it answers when two lines agree, and when none do
 BASE_RESTATES = 0.3  # how likely the base student says its answer once more, each time, before <|endoftext|>
@@ -213,6 +196,8 @@ def make_model(shape, eos_token):
     config = Qwen3Config(
         vocab_size=len(ID),
         max_position_embeddings=CONTEXT,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         initializer_range=0.05,
         rope_parameters=dict(rope_type="default", rope_theta=10000.0),
         bos_token_id=None,
@@ -324,25 +309,19 @@ def main(out, seed):
     write_rows(out / "train.jsonl", map(row_of, problems[EVAL_ROWS:]))
 
     # Models. Every random stream has a seed of its own: (seed, 0), (seed, 1), ..., and torch's.
-    kinds = {  # name: how it ends, what it learns from, how improbable it finds <|im_end|>, shape, training
-        "teacher": (TURN_END, teacher_response, 0.0, TEACHER, TEACHER_STEPS, TEACHER_LR),
-        "student": (TURN_END, student_response, 0.0, STUDENT, STUDENT_STEPS, STUDENT_LR),
-        "base_student": (
-            END_OF_TEXT,
-            partial(student_response, base=True),
-            BASE_UNSAID,
-            STUDENT,
-            STUDENT_STEPS,
-            STUDENT_LR,
-        ),
+    base_response = partial(student_response, base=True)
+    kinds = {  # name: how it ends, what it learns from, how improbable it finds <|im_end|>, its shape, learning rate
+        "teacher": (TURN_END, teacher_response, 0.0, TEACHER, TEACHER_LR),
+        "student": (TURN_END, student_response, 0.0, STUDENT, STUDENT_LR),
+        "base_student": (END_OF_TEXT, base_response, BASE_UNSAID, STUDENT, STUDENT_LR),
     }
-    for i, (name, (eos_token, respond, unsaid, shape, steps, lr)) in enumerate(kinds.items()):
+    for i, (name, (eos_token, respond, unsaid, shape, lr)) in enumerate(kinds.items()):
         torch.manual_seed(10 * seed + i)
         tokenizer, model = build_tokenizer(eos_token), make_model(shape, eos_token)
         chat = [{"role": "user", "content": "3+8+5"}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         assert ids == prompt_ids([3, 8, 5])
-        train(model, respond, np.random.default_rng((seed, i + 1)), steps, lr, name, unsaid)
+        train(model, respond, np.random.default_rng((seed, i + 1)), STEPS, lr, name, unsaid)
         tokenizer.save_pretrained(out / name)
         model.save_pretrained(out / name)
         evaluate.main(evaluate.Args(model=str(out / name), eval_data=str(out / "eval.jsonl"), eval_max_new_tokens=96))

@@ -83,11 +83,11 @@ def test_two_checkpoints_stand_side_by_side(prefixes, sign, world, tmp_path, mon
     assert len(re.findall(r"\d+ tokens, Σ [+-]\d+\.\d nats", said)) == 4
     assert re.findall(r"Σ ([+-])(?!0\.0)", said) == [sign] * 2, "either model prefers what it has said"
     data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"))[1])
-    assert [view["problem"] for view in data["views"]] == [0, 1, 0, 1] and data["students"] == both.split(",")
+    assert [view["problem"] for view in data["views"]] == [0, 0, 1, 1] and data["students"] == both.split(",")
     assert all(str(t["id"]) in data["words"] for view in data["views"] for t in view["tokens"])
     if prefixes == "teacher":
         ids = [[t["id"] for t in view["tokens"]] for view in data["views"]]
-        assert ids[:2] == ids[2:], "the same responses, scored by either student"
+        assert ids[::2] == ids[1::2], "the same responses, scored by either student"
     with pytest.raises(SystemExit, match="cannot write --page"):
         run("look", **arguments, page=tmp_path)
     monkeypatch.setattr(look, "is_main", lambda: False)
@@ -152,7 +152,7 @@ def test_the_page_in_a_browser(browser, tmp_path, capsys):
     key(Keys.ENTER)
     assert not find(".t.away")
     key(Keys.ARROW_DOWN)
-    assert "now" in articles[2].find_elements("css selector", ".t")[1].get_attribute("class")
+    assert "now" in articles[1].find_elements("css selector", ".t")[1].get_attribute("class")
     light = browser.find_element("css selector", "body").value_of_css_property("background-color")
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
