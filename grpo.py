@@ -3,9 +3,9 @@
     L(θ) = − E [ min( ρ_t A_i, clip(ρ_t, 1−ε, 1+ε) A_i ) ]     ρ_t = q_θ(y_t|s_t) / q_old(y_t|s_t), before this update
     A_i = (r_i − mean r) / (std r + 1e-4)                      of response i in the group of those to one prompt
 
-The model responds to each prompt --group_size times. A response is worth 1 if its answer is right and 0 if not; every
-token of it is reinforced by how much better its response was than the others of its group. There is no teacher. Start
-from any checkpoint, also one that another script has written.
+The model responds to each prompt --group_size times. A response is worth 1 if its answer is right and 0 if not; under
+--must_finish it must also have finished. Every token of it is reinforced by how much better its response was than the
+others of its group. There is no teacher. Start from any checkpoint, also one that another script has written.
 
 What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
 - No KL penalty towards a reference model.
