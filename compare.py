@@ -222,7 +222,9 @@ def draw(kinds, path, title, metrics, lines):
             mean, ci = mean_ci([run[metric] for run in runs])
             axis.errorbar(runs[0]["step"], mean, np.nan_to_num(ci), label=lines[i].replace("$", r"\$"), **style)
         axis.set(xlabel="step", title={"entropy": "entropy (nats)", "length": "length (tokens)"}.get(metric, metric))
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    figure.legend(
+        *axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4 - len(lines) % 2
+    )
     figure.savefig(path, dpi=80)
 
 

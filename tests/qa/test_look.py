@@ -138,7 +138,9 @@ def test_the_page_in_a_browser(browser, tmp_path, capsys):
     browser.find_element("css selector", "body").send_keys(Keys.ARROW_RIGHT)
     key(Keys.ARROW_RIGHT)
     t, panel = view["tokens"][1], browser.find_element("id", "panel").text
-    numbers = f"teacher {t['entropy_p']:.2f}, student {t['entropy_q']:.2f} nats. KL: forward {t['forward']:.2f}, reverse"
+    numbers = (
+        f"teacher {t['entropy_p']:.2f}, student {t['entropy_q']:.2f} nats. KL: forward {t['forward']:.2f}, reverse"
+    )
     assert numbers in panel and f"p = {t['p']:.3f}" in panel and f"{abs(t['ratio']):.2f} nats" in panel
     for row, (i, p, q, *pushes) in zip(find("#panel tr")[1:], t["top"]):
         cells = [cell.text for cell in row.find_elements("css selector", "td")]

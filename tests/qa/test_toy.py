@@ -15,7 +15,7 @@ from plumbing.grading import grade
 from plumbing.models import load_model, load_tokens
 from toy import build
 
-ARGS, IM_END = opd.Args(student=f"{ROOT}/toy/student", teacher=f"{ROOT}/toy/teacher"), build.ID["<|im_end|>"]
+ARGS, IM_END = opd.Args(student=f"{ROOT}/toy/base_student", teacher=f"{ROOT}/toy/teacher"), build.ID["<|im_end|>"]
 
 
 def test_the_models_are_what_docs_results_says_and_what_the_papers_effects_need():
