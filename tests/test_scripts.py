@@ -181,7 +181,7 @@ def test_a_run_leaves_what_its_contract_says(script, world, tmp_path, curves):
     assert sorted(path.name for path in out.iterdir()) == files.split()
     rows = read_log(out, times=True)
     every = {"step", "loss", "entropy", "response_len", "ended", "grad_norm", "lr", "tokens_per_s", "seconds", "flops"}
-    measured = {"avg_at_k", "pass_at_k", "eval_len", "eval_ended", "eval_marked"}
+    measured = {"avg_at_k", "pass_at_k", "eval_len", "eval_ended", "eval_marked", "eval_useful"}
     evaluated = measured | {f"{name}_ci" for name in measured} | {"eval_entropy", "problems"}
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and set(rows[0]) == evaluated | {"step"}
     own = {"curriculum": {"train_len", "gate_entropy", "gate_open"}, "grpo": {"reward", "clipped_fraction"}}
@@ -215,7 +215,7 @@ def test_teacher_prefixes_are_the_responses_in_the_data(world, tmp_path, capsys)
     ):
         data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         run("sft_offpolicy", **arguments_of("sft_offpolicy", world, **more, data=data), out_dir=tmp_path / name)
-        assert ("left out 3 rows without response" in capsys.readouterr().out) == (name == "text")
+        assert ("left out 3 rows without a response" in capsys.readouterr().out) == (name == "text")
     first, second = read_log(tmp_path / "text")[1:]
     assert [first, second] == read_log(tmp_path / "ids")[1:]
     assert first["response_len"] == pytest.approx(sum(min(9, len(y)) for y in ids) / 12)
