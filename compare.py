@@ -179,14 +179,15 @@ def effect(kinds, metric, plus, minus):
 def findings(worlds):
     """{world: {kind: runs by seed}} -> a table of CLAIMS"""
     first, *others = worlds.values()
-    table = [f"| | effect on | effect | 95 % interval | {' | '.join(list(worlds)[1:])} | |"]
+    table = [f"| | of | effect | 95 % interval | {' | '.join(list(worlds)[1:])} | |"]
     table += ["|---" * (len(worlds) + 4) + "|"]
     for says, sign, metric, *kinds in CLAIMS:
         mean, ci = mean_ci(effect(first, metric, *kinds))
         signs = [effect(world, metric, *kinds).mean() for world in others]
         sure = abs(mean) > ci and all(x * mean > 0 for x in signs)
         verdict = "open" if not sure else "reproduced" if mean * sign > 0 else "**opposite**"
-        cells = [metric, f"{mean:+.3f}", f"{mean - ci:+.3f} to {mean + ci:+.3f}", *(f"{x:+.3f}" for x in signs)]
+        runs = f"{metric}: {' + '.join(kinds[0])} − {' − '.join(kinds[1])}"
+        cells = [runs, f"{mean:+.3f}", f"{mean - ci:+.3f} to {mean + ci:+.3f}", *(f"{x:+.3f}" for x in signs)]
         table.append(f"| {says} | {' | '.join(cells)} | {verdict} |")
     return "\n".join(table) + "\n"
 

@@ -17,12 +17,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
-P = (0.50, 0.38, 0.06, 0.03, 0.03)  # the teacher: good ways to go on are 8+5 or 5+7 first (=3), or 3+8 first (=1)
-Q = (0.45, 0.10, 0.35, 0.07, 0.03)  # the student: knows one of them, and makes a mistake
+# Next tokens: the teacher's good ways to go on are 8+5 or 5+7 first (=3), or 3+8 first (=1); the student knows =3.
 TOKENS = ("=3", "=1", "=6", "=8", "=0")
 PREFIXES = {
     "teacher": ("teacher prefixes", "3+8+5+7\n=1+5+7=1+2=3\n ?", "clean, made once"),
     "student": ("student prefixes", "3+8+5+7\n=1+5+7=1+4=5\n ?", "with its mistakes, made anew"),
+}
+PROBABILITIES = {  # whose prefixes: the teacher's p, the student's q
+    "teacher": ((0.50, 0.38, 0.06, 0.03, 0.03), (0.40, 0.10, 0.32, 0.10, 0.08)),
+    "student": ((0.40, 0.48, 0.06, 0.03, 0.03), (0.30, 0.12, 0.33, 0.13, 0.12)),
 }
 KLS = {"forward": (forward_kl, "forward KL: cover"), "reverse": (reverse_kl, "reverse KL: avoid")}
 SCRIPTS = {
@@ -42,7 +45,7 @@ def main():
         row[0].text(0, 0.72, text, family="monospace", fontsize=15, **place)
         row[0].text(0, 0.2, remark, **place)
         for axis, (direction, (kl, words)) in zip(row[1:], KLS.items()):
-            bars_and_arrows(axis, kl)
+            bars_and_arrows(axis, kl, *PROBABILITIES[whose])
             script, name = SCRIPTS[whose, direction]
             axis.set_title(f"{name}: {script}", fontsize=13)
             if whose == "teacher":
@@ -57,11 +60,11 @@ def main():
     figure.savefig(Path(__file__).with_name("axes.png"), dpi=80, facecolor="white")
 
 
-def bars_and_arrows(axis, kl):
+def bars_and_arrows(axis, kl, all_p, all_q):
     """Bars of p and q, and arrows for minus the gradient."""
-    student = torch.tensor(Q, dtype=torch.float64).log().requires_grad_()
-    kl(student, torch.tensor(P, dtype=torch.float64).log()).backward()
-    for x, (p, q, push) in enumerate(zip(P, Q, (-student.grad).tolist())):
+    student = torch.tensor(all_q, dtype=torch.float64).log().requires_grad_()
+    kl(student, torch.tensor(all_p, dtype=torch.float64).log()).backward()
+    for x, (p, q, push) in enumerate(zip(all_p, all_q, (-student.grad).tolist())):
         axis.bar(x, p, 0.8, color=BLUE, alpha=0.6)
         axis.bar(x, q, 0.8, facecolor="none", edgecolor=ORANGE, linewidth=3)
         if abs(push) > 0.03:

@@ -31,14 +31,15 @@ COLUMNS = {  # what may stand in which column; a.b is b in a column of dicts; th
 }  # fmt: skip
 
 
-def load_problems(name, needs="", columns=""):
+def load_problems(name, needs="", columns="", strict=True):
     """Read a dataset: a file, folder or glob that `datasets` knows, or `name[:config[:split]]` on the hub.
     -> [Problem], which column is what, and the settings that evaluate.py has written into the first row
 
     needs: "answer" or "response": what every row should have. Rows without it, or without a question, are left out and
-    counted. columns: "question=NAME,answer=NAME,response=NAME", or some of them, where guessing fails."""
+    counted. columns: "question=NAME,answer=NAME,response=NAME", or some of them, where guessing fails. strict: a column
+    that the file does not have is refused."""
     rows = _rows(name)
-    chosen, problems, left_out = _columns(name, rows, columns), [], {}
+    chosen, problems, left_out = _columns(name, rows, columns, strict), [], {}
     for i, row in enumerate(rows, 1):
         given = {what: _cell(row, column) for what, column in chosen.items()}
         given |= {"response_ids": row.get("response_ids") or None}
@@ -48,18 +49,20 @@ def load_problems(name, needs="", columns=""):
                 response = turns.pop()["content"]
             if given["response"] is not None:
                 response = "".join(turn["content"] for turn in _turns(given["response"]))
-            answer = clean_reference(given["answer"])
-            if isinstance(given["answer"], (list, dict)) or not isinstance(given["response_ids"], (list, type(None))):
-                raise TypeError
-            if turns and turns[-1]["role"] != "user":
-                raise TypeError
-        except (TypeError, KeyError, AttributeError):
-            there = f"{json.dumps(given, default=str)[:200]}; its columns are: {', '.join(row)}"
-            what = "a text or a conversation that asks, a text or a number as answer, a text or token ids as response"
-            refuse(f"{name}, row {i}: needs {what}, and has {there}")
+            if turns and turns[-1]["role"] not in ("user", "system"):
+                raise ValueError(
+                    f"the last turn is the {turns[-1]['role']}'s, and must be the user's or the assistant's"
+                )
+            if isinstance(given["answer"], (list, dict)):
+                raise ValueError("the answer must be a text or a number")
+            if not isinstance(given["response_ids"], (list, type(None))):
+                raise ValueError("response_ids must be a list of token ids")
+        except ValueError as error:
+            refuse(f"{name}, row {i}: {error}; found {json.dumps(given, default=str)[:200]}")
+        answer = clean_reference(given["answer"])
         level, ended = row.get("level"), row.get("ended") is not False
         level = None if level is None else str(level)
-        question = turns[-1]["content"] if turns else ""
+        question = turns[-1]["content"] if turns and turns[-1]["role"] == "user" else ""
         p = Problem(question, answer, level, response, given["response_ids"], ended, tuple(turns[:-1]))
         reason = (
             "a question"
@@ -75,7 +78,8 @@ def load_problems(name, needs="", columns=""):
     counts = ", ".join(f"{n} rows without {reason}" for reason, n in left_out.items())
     if not problems:
         how = f": sample them by `python evaluate.py --model TEACHER --eval_data {name} --eval_k 1 --out_file FILE`"
-        refuse(f"{name}: no rows left in it ({counts or 'it is empty'}){how if 'a response' in left_out else ''}")
+        how = how if needs == "response" else ": without answers say --eval_data none" if needs == "answer" else ""
+        refuse(f"{name}: no rows left in it ({counts or 'it is empty'}){how}")
     if counts:
         print(f"{name}: left out {counts}")
     latex = next((p.answer for p in problems if needs == "answer" and needs_math_verify(p.answer)), None)
@@ -93,11 +97,13 @@ def _cell(row, column):
 
 def _turns(value):
     """A text, or a conversation as a list of {"role", "content"}, -> a list of turns; texts are the user's."""
-    turns = value if isinstance(value, list) else [] if value is None else [{"role": "user", "content": value}]
-    return [{"role": t["role"], "content": t["content"].strip()} for t in turns if t["content"].strip()]
+    turns = value if isinstance(value, list) else [] if value is None else [{"role": "user", "content": str(value)}]
+    if isinstance(value, dict) or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
+        raise ValueError("needs a text, or a list of turns with a `role` and a text as `content`; one response a row")
+    return [{"role": t.get("role"), "content": t["content"].strip()} for t in turns if t["content"].strip()]
 
 
-def _columns(name, rows, columns):
+def _columns(name, rows, columns, strict):
     """Which column is what, one choice for the whole file. -> {"question": NAME, "answer": NAME, "response": NAME}, or
     None where there is none"""
     for i, row in enumerate(rows, 1):
@@ -106,18 +112,23 @@ def _columns(name, rows, columns):
     there = list(dict.fromkeys(key for row in rows for key in row))
     given = dict(part.partition("=")[::2] for part in columns.split(",") if part)
     filled = lambda column: any(_cell(row, column) not in (None, "", []) for row in rows)  # noqa: E731
-    if any(what not in COLUMNS or not filled(column) for what, column in given.items()):
-        refuse(f"--columns {columns!r}: give {'/'.join(COLUMNS)}=COLUMN; {name} has the columns {', '.join(there)}")
+    for what, column in list(given.items()):
+        if what not in COLUMNS or not filled(column) and strict:
+            give = f"give {'/'.join(COLUMNS)}=COLUMN; {name} has the columns {', '.join(there)}"
+            refuse(f"--columns {what}={column}: {give}")
+        if not filled(column):  # of another file
+            del given[what]
     chosen = {what: next(filter(filled, names), None) for what, names in COLUMNS.items()} | given
     if rows and not chosen["question"]:
         names = ", ".join(COLUMNS["question"])
+        names = f"{names}, or be named by --columns question=NAME"
         refuse(f"{name}: the question must stand in one of the columns {names}; it has: {', '.join(there)}")
     return chosen
 
 
-def load_problem_sets(names, n, columns="", needs="answer"):
+def load_problem_sets(names, n, columns="", needs="answer", strict=True):
     """{name: [Problem]} of all sets in `names`, separated by commas; of each, n problems, evenly spread (0: all)."""
-    sets = {name: load_problems(name, needs, columns)[0] for name in map(str.strip, names.split(","))}
+    sets = {name: load_problems(name, needs, columns, strict)[0] for name in map(str.strip, names.split(","))}
     return {
         name: [problems[i * len(problems) // n] for i in range(n)] if 0 < n < len(problems) else problems
         for name, problems in sets.items()
@@ -150,6 +161,8 @@ def _rows(name):
         source, config, split = (name.split(":", 2) + ["", ""])[:3]
         if os.path.isdir(source) and {"state.json", "dataset_dict.json"} & {*os.listdir(source)}:
             saved = load_from_disk(source)
+            if config or split and not isinstance(saved, dict):
+                raise ValueError("a saved folder has no CONFIG; name a split as FOLDER::SPLIT, if it has splits")
             return list(saved[split or "train"] if isinstance(saved, dict) else saved)
         return list(load_dataset(source, name=config or None, split=split or "train"))
     except Exception as error:  # every kind of trouble comes from there: files, formats, the network, names

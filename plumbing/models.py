@@ -97,7 +97,10 @@ def load_tokens(args, problem_sets):
     control = re.compile("|".join(special) or r"(?!)")
     for name, problems, new in problem_sets:
         _leave_out(
-            name, problems, "have control tokens such as <|im_end|> in their text", lambda p: control.search(p.question)
+            name,
+            problems,
+            "have control tokens such as <|im_end|> in their text",
+            lambda p: control.search(_all_text(p)),
         )
         least = min(len(p.prompt) for p in problems)
         too_long = (
@@ -113,6 +116,10 @@ def load_tokens(args, problem_sets):
             )
     encode_responses(problem_sets[0][1], asker, asker.eos_token_id, vocab_size)
     return Tokens(student, tuple(sorted(end_ids)), vocab_size)
+
+
+def _all_text(p):
+    return "\n".join([p.question, p.response or "", *(turn["content"] for turn in p.before)])
 
 
 def _leave_out(name, problems, why, is_out):

@@ -59,6 +59,7 @@ class Batch:
 def start():
     """What every program does first: join other processes, and keep libraries quiet."""
     start_processes()
+    signal.signal(signal.SIGINT, lambda *_: refuse("stopped; the same command goes on from what has been written"))
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -80,7 +81,7 @@ class Run:
         self.problems, columns, settings = load_problems(args.data, needs, args.columns)
         self.problem_sets = {}
         if args.eval_data != "none":
-            self.problem_sets = load_problem_sets(args.eval_data, args.eval_problems)
+            self.problem_sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns, strict=False)
         problems = [self.problems, *self.problem_sets.values()]
         new = [args.max_new_tokens] + [args.eval_max_new_tokens] * len(self.problem_sets)
         self.tokens = load_tokens(args, list(zip([args.data, *self.problem_sets], problems, new)))
@@ -101,6 +102,11 @@ class Run:
         for name, value in self.inputs.items():
             if before.get("inputs", self.inputs).get(name) != value:
                 print(f"warning: the {name} changed since {args.out_dir!r} began: what follows is not the same run")
+        cut = sum(len(p.response_ids or ()) > args.max_new_tokens for p in self.problems) if needs == "response" else 0
+        if cut:
+            print(
+                f"{cut} of {len(self.problems)} responses are longer than --max_new_tokens, and are cut without an end"
+            )
         for name in ("instruction", "thinking", "temperature") if needs == "response" else ():
             if name in settings and settings[name] != getattr(args, name):
                 print(f"warning: the responses in {args.data} were made with --{name} {settings[name]!r}")
@@ -120,7 +126,10 @@ class Run:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(self.out / "model", ignore_errors=True)  # of a run that now gets longer
-                write_file(self.out / "args.json", dataclasses.asdict(self.args) | {"inputs": self.inputs})
+                write_file(
+                    self.out / "args.json",
+                    dataclasses.asdict(self.args) | {"inputs": self.inputs, "script": script_of(self.args)},
+                )
                 write_file(log, rows)
             except OSError as error:
                 refuse(f"cannot write to --out_dir {self.args.out_dir!r} ({error}): choose another directory")
@@ -283,6 +292,11 @@ def checkpoints(out):
     return [step for step in steps if (Path(out) / f"checkpoint-{step}" / "training_state.pt").exists()]
 
 
+def script_of(args):
+    """The file that these arguments belong to."""
+    return Path(sys.modules[type(args).__module__].__file__).name
+
+
 def _read_args(args, steps_may_grow):
     """The args.json of the run that is in --out_dir already, or {}. Refuses a directory that belongs to another run, or
     in which this run is finished."""
@@ -299,6 +313,8 @@ def _read_args(args, steps_may_grow):
         before = dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         refuse(f"{out / 'args.json'} is damaged: choose another --out_dir, or remove this one to start afresh")
+    if before.get("script", script_of(args)) != script_of(args):
+        refuse(f"--out_dir {args.out_dir!r} holds a run of {before['script']}: choose another directory")
     if args.precision == "auto":
         args.precision = before.get("precision", "auto")
     grows = steps_may_grow and args.steps >= before.get("steps", 0)

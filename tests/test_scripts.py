@@ -215,7 +215,9 @@ def test_teacher_prefixes_are_the_responses_in_the_data(world, tmp_path, capsys)
     ):
         data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         run("sft_offpolicy", **arguments_of("sft_offpolicy", world, **more, data=data), out_dir=tmp_path / name)
-        assert ("left out 3 rows without a response" in capsys.readouterr().out) == (name == "text")
+        said = capsys.readouterr().out
+        assert ("left out 3 rows without a response" in said) == (name == "text")
+        assert f"{sum(len(y) > 9 for y in ids)} of 12 responses are longer than --max_new_tokens" in said
     first, second = read_log(tmp_path / "text")[1:]
     assert [first, second] == read_log(tmp_path / "ids")[1:]
     assert first["response_len"] == pytest.approx(sum(min(9, len(y)) for y in ids) / 12)

@@ -28,6 +28,7 @@ from plumbing.arguments import check_args, parse
 from plumbing.run import Run
 
 ROW, SYSTEM = {"question": "What is 1+1?", "answer": "2", "response": "2"}, {"role": "system", "content": "Be brief."}
+TOOL = {"role": "tool", "content": "7"}
 
 
 def put(path, content):
@@ -59,6 +60,9 @@ edit = lambda name, old, new: lambda path: put(path / name, re.sub(old, new, (pa
 remove = lambda *names: lambda path: [(path / name).unlink() for name in names]
 halve = lambda path: os.truncate(path, path.stat().st_size // 2)
 tokenizer = lambda **options: lambda path: make_tokenizer("<|im_end|>", **options).save_pretrained(path)
+another_script = dict(
+    out_dir=lambda at, _: str(Path(put(Path(at, "args.json"), '{"script": "dagger_onpolicy.py"}')).parent)
+)
 in_out_dir = lambda name, content: dict(out_dir=lambda folder, world: str(Path(put(folder / name, content)).parent))
 set_to = lambda name, key, value: edit(name, rb'"%b": (\[[^]]*\]|[^,}]*)' % key, b'"%b": %b' % (key, value))
 NO_END = [set_to("config.json", b"eos_token_id", b"null"), set_to("tokenizer_config.json", b"eos_token", b"null")]
@@ -97,16 +101,17 @@ BEFORE_MODELS = {
     "unknown kind of file": (data("a.xlsx", b"PK"), "cannot load", "a.xlsx", ".jsonl"),
     "not on the hub": (dict(data="no-such-organisation/no-such-data"), "'no-such-organisation/no-such-data'", "hub"),
     "wrong columns": (data("a.jsonl", [{"text": "a", "label": 1}]), "the columns messages, prompt", "text, label"),
-    "a column that is not there": (dict(columns="question=task"), "--columns 'question=task'", "question, answer"),
-    "a column of no meaning": (dict(columns="level=answer"), "--columns 'level=answer'", "question/response/answer"),
-    "a turn without content": (second_row({"prompt": [{"role": "user"}]}, "eval_data"), "row 2: needs a text or"),
-    "a number for a question": (second_row({"question": 5}), "row 2: needs a text or a conversation that asks", ": 5"),
-    "a conversation that asks nothing": (second_row({"question": [SYSTEM]}), "row 2: needs a text or a conversation"),
-    "nothing to evaluate by": (data("a.jsonl", [{"question": "a"}], "eval_data"), "no rows left", "1 rows without an"),
+    "a column that is not there": (dict(columns="question=task"), "--columns question=task", "question, answer"),
+    "a column of no meaning": (dict(columns="level=answer"), "--columns level=answer", "question/response/answer"),
+    "a turn without content": (second_row({"question": [{"role": "user"}]}, "eval_data"), "row 2: needs a text, or"),
+    "a turn of a tool": (second_row({"question": [SYSTEM, TOOL]}), "row 2: the last turn is the tool's"),
+    "no conversation that asks": (data("a.jsonl", [{"messages": [SYSTEM]}]), "1 rows without a question"),
+    "another script's run": (another_script, "holds a run of dagger_onpolicy.py", "another directory"),
+    "nothing to evaluate by": (data("a.jsonl", [{"question": "a"}], "eval_data"), "no rows left", "--eval_data none"),
     "no row with a question": (data("a.jsonl", [{"question": " "}]), "a.jsonl: no rows left", "1 rows without a que"),
-    "list for an answer": (second_row(ROW | {"answer": [1]}, "eval_data"), "row 2: needs", '"answer": [1]'),
-    "list for a response": (second_row(ROW | {"response": [1]}), "row 2: needs", '"response": [1]'),
-    "text for response_ids": (second_row(ROW | {"response_ids": "1 2"}), "row 2: needs", "token ids as response"),
+    "list for an answer": (second_row(ROW | {"answer": [1]}, "eval_data"), "row 2: the answer must be", "[1]"),
+    "list for a response": (second_row(ROW | {"response": [1]}), "row 2: needs", "one response a row", "[1]"),
+    "text for response_ids": (second_row(ROW | {"response_ids": "1 2"}), "row 2: response_ids must be a list"),
     "ids of another vocabulary": (second_row(ROW | {"response_ids": [5, 303]}), "no ids below 303", "1+1"),
     "half a character": (second_row({"question": "broken \ud83d emoji"}), "broken"),
     "prompts longer than the context": (data("a.jsonl", [{"question": "why " * 600}]), "context of 512", "to be added"),

@@ -17,7 +17,7 @@ from conftest import DISTILLATION, ROOT, arguments_of, make_checkpoint, read_log
 import opd
 from plumbing import models
 from plumbing.arguments import check_args, parse
-from plumbing.data import Problem, load_problems
+from plumbing.data import Problem, load_problem_sets, load_problems
 from plumbing.grading import grade
 
 GSM8K = {"question": "How many altogether?", "answer": "48+24 = <<48+24=72>>72.\n#### 72", "response": "#### 72"}
@@ -48,6 +48,9 @@ def test_published_data_in_files_of_every_kind_and_from_the_hub(row, answer, tmp
     local = [path for path in tmp_path.iterdir() if not path.name.startswith("part")]
     assert len(local) == 11
     local += [tmp_path / "part-*.jsonl", f"{tmp_path}/splits::train"]
+    for wrong in ("saved:test", "saved::test", "splits:train"):
+        with pytest.raises(SystemExit, match="FOLDER::SPLIT"):
+            load_problems(f"{tmp_path}/{wrong}")
     for path in (*local, "openai/gsm8k:main:test", "math-ai/amc23::test", "zwhe99/DeepMath"):
         problems, columns, _ = load_problems(str(path), needs="answer")
         assert columns["question"] == ("problem" if "problem" in row else "question") and columns["answer"] == "answer"
@@ -97,6 +100,9 @@ def test_columns_can_be_named_and_rows_without_what_is_needed_are_counted(tmp_pa
     assert columns["question"] == "task" and problems[2].answer == "all real numbers" and len(problems) == 3
     assert "left out 4 rows without an answer that can be graded, 1 rows without a question" in capsys.readouterr().out
     assert [p.question for p in load_problems(path)[0]] == ["p"] * 5, "one column for the whole file"
+    train = write_jsonl(tmp_path / "named.jsonl", [{"task": 5, "answer": 1}])
+    assert load_problem_sets(path, 0, "question=task", strict=False)[path][0].question == "t", "where it is there"
+    assert load_problem_sets(train, 0, "question=task,response=said", strict=False)[train][0].question == "5"
     csv = tmp_path / "a.csv"
     csv.write_text("question,answer\na,NA\nb,None\nc,1\nd,\n", encoding="utf-8")
     assert [p.answer for p in load_problems(str(csv))[0]] == [None, None, "1", None]
@@ -174,10 +180,11 @@ def test_rows_that_no_prompt_can_be_made_of_are_left_out_and_counted(world, copi
     """A control token in a text would end the turn; a prompt must leave room in the context. Beyond longrope's first
     length the cache's keys are others than a pass without a cache would have."""
     rows = [Problem("Is 7 prime?"), Problem("Is it? <|im_end|>"), Problem("why " * 600), Problem("a " * 60)]
+    rows += [Problem("a", response="b<|im_end|>"), Problem("a", before=({"role": "user", "content": "<|im_start|>"},))]
     ask(world["student"], copied, problems=rows)
     assert [p.question for p in rows] == ["Is 7 prime?", "a " * 60]
     said = capsys.readouterr().out
-    assert "data: left out 1 rows that have control tokens" in said
+    assert "data: left out 3 rows that have control tokens" in said
     assert "data: left out 1 rows that are too long for the context of 512" in said
     config, long = json.loads((copied / "config.json").read_text(encoding="utf-8")), [1.0] * 4
     rope = dict(
