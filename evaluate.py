@@ -74,14 +74,14 @@ def main(args: Args):
     sampling = dict(max_new_tokens=args.eval_max_new_tokens, temperature=args.eval_temperature, top_p=args.top_p)
     longest = max(len(p.prompt) for problems in sets.values() for p in problems)
     sampling |= dict(top_k=args.top_k, batch_size=args.eval_batch_size, prompt_len=longest)
-    for name, problems in sets.items():
+    for i, (name, problems) in enumerate(sets.items()):
         size = max(1, args.eval_batch_size // n)  # problems at a time
         for first in tqdm(range(0, len(problems), size), desc=name, leave=False, disable=not is_main()):
             part = problems[first : first + size]
             if len(known) >= len(rows) + n * len(part):  # done before a kill
                 rows = known[: len(rows) + n * len(part)]
                 continue
-            records = respond(model, part, tokens, n, seed_of(args.seed, "evaluate", name, first), **sampling)
+            records = respond(model, part, tokens, n, seed_of(args.seed, "evaluate", i, first), **sampling)
             new = [dict(set=name, **record | {"problem": record["problem"] + first}) for record in records]
             if not rows:
                 new[0]["settings"] = settings
