@@ -66,7 +66,7 @@ def test_a_teachers_responses_are_data_as_they_stand_and_a_kill_costs_none(world
     rows, problems = read_lines(whole), load_problems(whole, needs="response")[0]
     renamed, other = shutil.copy(prompts, tmp_path / "renamed.jsonl"), str(tmp_path / "other.jsonl")
     run("evaluate", **ask | dict(eval_data=renamed), out_file=other)
-    assert [row["response_ids"] for row in read_lines(other)] == [row["response_ids"] for row in rows], "no name matters"
+    assert [row["response_ids"] for row in read_lines(other)] == [row["response_ids"] for row in rows], "by any name"
     assert [p.response_ids for p in problems] == [row["response_ids"] for row in rows]
     assert [row["problem"] for row in rows] == sorted([*range(5)] * 2) and {row["correct"] for row in rows} == {None}
     for more, names in (({}, []), (dict(instruction="Now.", thinking=True), ["--instruction", "--thinking"])):
