@@ -43,8 +43,8 @@ class Args:
 
 def plan(world):
     """{kind: (script, arguments)}. A student may be another kind of run: the model that it has trained."""
-    grpo = dict(data=f"{world}/train.jsonl", eval_data=f"{world}/eval.jsonl", save_every=10**6)
-    chat = grpo | dict(teacher=f"{world}/teacher", student=f"{world}/student")
+    files = dict(data=f"{world}/train.jsonl", eval_data=f"{world}/eval.jsonl", save_every=10**6)
+    chat = files | dict(teacher=f"{world}/teacher", student=f"{world}/student")
     base = chat | dict(student=f"{world}/base_student")
     return {
         "sft": ("sft_offpolicy", chat),
@@ -63,10 +63,10 @@ def plan(world):
         "base-curriculum": ("curriculum", base | dict(on_closed="continue")),
         "base-curriculum-finer": ("curriculum", base | dict(on_closed="continue", lengths="6,9,12,15,18,21,32,96")),
         "base-curriculum-no_gate": ("curriculum", base | dict(h_min=0.0)),
-        "grpo-opd": ("grpo", grpo | dict(student="opd")),
-        "grpo-base-dagger": ("grpo", grpo | dict(student="base-dagger")),
-        "grpo-base-opd": ("grpo", grpo | dict(student="base-opd")),
-        "grpo-base-opd-must_finish": ("grpo", grpo | dict(student="base-opd", must_finish=True)),
+        "grpo-opd": ("grpo", files | dict(student="opd")),
+        "grpo-base-dagger": ("grpo", files | dict(student="base-dagger")),
+        "grpo-base-opd": ("grpo", files | dict(student="base-opd")),
+        "grpo-base-opd-must_finish": ("grpo", files | dict(student="base-opd", must_finish=True)),
     }
 
 
@@ -186,6 +186,7 @@ def findings(worlds):
         signs = [effect(world, metric, *kinds).mean() for world in others]
         sure = abs(mean) > ci and all(x * mean > 0 for x in signs)
         verdict = "open" if not sure else "reproduced" if mean * sign > 0 else "**opposite**"
+        verdict += "" if others else ", in one world"
         runs = f"{metric}: {' + '.join(kinds[0])} − {' − '.join(kinds[1])}"
         cells = [runs, f"{mean:+.3f}", f"{mean - ci:+.3f} to {mean + ci:+.3f}", *(f"{x:+.3f}" for x in signs)]
         table.append(f"| {says} | {' | '.join(cells)} | {verdict} |")
@@ -231,6 +232,8 @@ def draw(kinds, path, title, metrics, lines):
 
 def main(args: Args):
     check_args(args)
+    if args.seeds > len(T):
+        refuse(f"--seeds is {args.seeds}, and must be at most {len(T)}: intervals are known up to there")
     out = Path("runs/together" if args.dirs and args.out_dir == Args.out_dir else args.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if args.dirs:

@@ -55,8 +55,12 @@ def main(args: Args):
     settings |= {"temperature": args.eval_temperature, "max_new_tokens": args.eval_max_new_tokens}
     settings |= {"eval_data": args.eval_data, "eval_problems": args.eval_problems, "n": args.eval_n or args.eval_k}
     path, known = Path(args.out_file), []
-    if not path.parent.is_dir() or args.out_file and path.is_dir():  # said now, not after an hour of sampling
-        refuse(f"cannot write --out_file {args.out_file!r}: it must be a file in a folder that is there")
+    try:  # said now, not after an hour of sampling
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"cannot write --out_file {args.out_file!r} ({error}): name another file")
+    if args.out_file and path.is_dir():
+        refuse(f"cannot write --out_file {args.out_file!r}: it is a folder; name a file in it")
     if args.out_file and path.exists():
         known = read_lines(path)
         if known and known[0].get("settings") != settings:

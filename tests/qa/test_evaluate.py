@@ -64,7 +64,7 @@ def test_a_teachers_responses_are_data_as_they_stand_and_a_kill_costs_none(world
     assert len(read_lines(killed)) == 8
     assert evaluated(capsys, **ask, out_file=killed)[1] == table and read_lines(killed) == read_lines(whole)
     rows, problems = read_lines(whole), load_problems(whole, needs="response")[0]
-    renamed, other = shutil.copy(prompts, tmp_path / "renamed.jsonl"), str(tmp_path / "other.jsonl")
+    renamed, other = shutil.copy(prompts, tmp_path / "renamed.jsonl"), str(tmp_path / "new/other.jsonl")
     run("evaluate", **ask | dict(eval_data=renamed), out_file=other)
     assert [row["response_ids"] for row in read_lines(other)] == [row["response_ids"] for row in rows], "by any name"
     assert [p.response_ids for p in problems] == [row["response_ids"] for row in rows]
@@ -76,8 +76,9 @@ def test_a_teachers_responses_are_data_as_they_stand_and_a_kill_costs_none(world
     for more in (dict(eval_temperature=0.5), dict(instruction="Now."), dict(eval_problems=3), dict(eval_k=1)):
         with pytest.raises(SystemExit, match="made otherwise: name another file"):
             run("evaluate", **ask | more, out_file=whole)
-    with pytest.raises(SystemExit, match="must be a file in a folder that is there"):
-        run("evaluate", **ask, out_file=tmp_path)
+    for place, says in ((tmp_path, "is a folder"), (tmp_path / "prompts.jsonl/a", "name another file")):
+        with pytest.raises(SystemExit, match=says):
+            run("evaluate", **ask, out_file=place)
 
 
 def test_responses_that_stand_in_the_file_are_graded_without_a_model(tmp_path, capsys):
@@ -177,6 +178,12 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     capsys.readouterr()
     main("--dirs", a := str(out / "toy/opd-seed-0"), str(out / "toy/grpo-opd-seed-0"))
     assert (out / "overlay.png").exists() and f" | {read_log(a)[-1]['eval_entropy']:.3f} | " in capsys.readouterr().out
-    for words, says in ({"--seeds=0": "--seeds is 0, and must be at least 1", "--dirs=no": "'no' has no log"}).items():
+    for words, says in (
+        {
+            "--seeds=11": "at most 10",
+            "--seeds=0": "--seeds is 0, and must be at least 1",
+            "--dirs=no": "'no' has no log",
+        }
+    ).items():
         with pytest.raises(SystemExit, match=says):
             main(words)
