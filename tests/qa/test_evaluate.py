@@ -134,18 +134,18 @@ def test_a_finding_needs_an_interval_without_zero_and_the_sign_in_every_world(mo
     seeds = lambda *values: [{"FLOPs": [0.0, 4.0], "solved": [0.2, x]} for x in values]
     worlds = {"one": dict(a=seeds(0.2, 0.25, 0.3), b=seeds(0.5, 0.5, 0.5)), "two": dict(a=seeds(0.6), b=seeds(0.5))}
     worlds["one"]["half"] = [run | {"FLOPs": [0.0, 2.0]} for run in seeds(0.4, 0.4, 0.4)]
-    worlds["two"] |= dict(half=seeds(0.9), c=seeds(0.6))
+    worlds["two"] |= dict(half=seeds(0.9), c=seeds(0.65))
     worlds["one"]["c"] = seeds(0.3, 0.3, 0.3)
     expected = [
         (("a differs by world", -1, "solved", ["a"], ["b"]), "-0.250 | -0.374 to -0.126 | +0.100 | open"),
-        (("gain", +1, "solved", ["a"], ["c"]), "-0.050 | -0.174 to +0.074 | +0.000 | open"),
-        (("sure", +1, "solved", ["b"], ["c"]), "+0.200 | +0.200 to +0.200 | -0.100 | open"),
+        (("gain", +1, "solved", ["a"], ["c"]), "-0.050 | -0.174 to +0.074 | -0.050 | open"),
+        (("sure", +1, "solved", ["b"], ["c"]), "+0.200 | +0.200 to +0.200 | -0.150 | open"),
         (("after half of the FLOPs", +1, "solved at equal FLOPs", ["half"], ["b"]), "+0.050 | +0.050 to +0.050 | "),
         (
             ("two minus two", -1, "solved", ["half", "b"], ["c", "c"]),
-            "+0.300 | +0.300 to +0.300 | +0.200 | **opposite**",
+            "+0.300 | +0.300 to +0.300 | +0.100 | **opposite**",
         ),
-        (("the same", +1, "solved", ["half", "b"], ["c", "c"]), "+0.300 | +0.300 to +0.300 | +0.200 | reproduced"),
+        (("the same", +1, "solved", ["half", "b"], ["c", "c"]), "+0.300 | +0.300 to +0.300 | +0.100 | reproduced"),
     ]
     monkeypatch.setattr(compare, "CLAIMS", [claim for claim, _ in expected])
     for row, (claim, says) in zip(compare.findings(worlds).splitlines()[2:], expected):

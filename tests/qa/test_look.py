@@ -22,7 +22,8 @@ def test_the_numbers_are_those_of_training(ends, world):
     args = look.Args(student=world["student"], teacher=world["teacher"])
     tokens = load_tokens(args, [("data", problems, 6)])
     student, teacher = (load_model(world[role], "fp32") for role in ("student", "teacher"))
-    rollouts = common.sample(student, [p.prompt for p in problems], tokens.end_ids, 6, seed=1)
+    rollouts = common.sample(student, [p.prompt for p in problems], tokens.end_ids, 6, seed=4)
+    assert rollouts.ended.any()
     said = look.inspect(student, teacher, rollouts, tokens.end_ids, ends, tokens.vocab_size, top=400)
     for ids, mask, found in zip(rollouts.ids, rollouts.mask, said, strict=True):
         q, p = (model(ids[None]).logits[0, :-1][mask[1:]] for model in (student, teacher))
@@ -159,6 +160,8 @@ def test_the_page_in_a_browser(browser, tmp_path, capsys):
     key(Keys.ARROW_UP)
     key(Keys.ARROW_DOWN)
     assert len(articles[1].find_elements("css selector", ".t.now")) == 1
+    key(Keys.ARROW_UP)
+    assert len(articles[0].find_elements("css selector", ".t.now")) == 1
     key(Keys.ESCAPE)
     assert browser.find_element("id", "panel").text == ""
     light = browser.find_element("css selector", "body").value_of_css_property("background-color")
