@@ -189,6 +189,9 @@ def distillation_loss(
     return weighted_loss(token_loss, student, batch, token_weights, vocab_size, chunk)
 
 
+# What follows in this section is memory, not method: the same loss for some tokens at a time.
+
+
 def response_hidden(model, batch):
     """-> (N, H) the hidden states that predict the N response tokens: those one position before them."""
     with autocast(model):
