@@ -7,8 +7,8 @@
     teacher prefixes     sft_offpolicy.py         offline_rl_distill.py        here: any of the four, by
     student prefixes     dagger_onpolicy.py       opd.py                       --prefixes and --kl
 
-Under reverse KL a base student may unlearn its own end token and not learn its teacher's. Then responses go on to the cap,
-and entropy falls. Short lengths hardly reach an end. The gate (arXiv 2605.16826) lengthens training while entropy holds.
+Under reverse KL a base student may unlearn its own end token, and not learn its teacher's. Then responses go on to the
+cap, and entropy falls. Short lengths hardly reach an end. The gate (arXiv 2605.16826) asks whether entropy holds.
 Our reading, where the paper does not say: H_m is measured at T = 1, on rollouts for the last --held_out rows; all
 lengths get the same number of steps, and a gate at the end; FLOPs leave out gates, as they leave out evaluation.
 
