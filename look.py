@@ -23,7 +23,7 @@ from common import (
 )  # fmt: skip
 from plumbing.arguments import check_args, parse, refuse
 from plumbing.data import load_problem_sets
-from plumbing.grading import find_answer, grade
+from plumbing.grading import grade
 from plumbing.models import load_model, load_tokens
 from plumbing.processes import is_main
 from plumbing.run import start
@@ -129,7 +129,7 @@ def in_terminal(tokens, words, width=100):
         if t in again:
             i, unit, n = again[t]
             mean = sum(token["ratio"] for token in tokens[t : i + unit * n]) / (n - 1)
-            word, shown = word + (more := f" × {n}, {mean:+.1f} nats each time "), shown + more
+            word, shown = word + (more := f" × {n}, {mean:+.1f} nats on average "), shown + more
             t = i + unit * n
         if used + len(word) > width:
             lines, used = [*lines, ""], 0
@@ -143,22 +143,21 @@ def main(args: Args):
     start()
     check_args(args)
     paths = [path.strip() for path in args.student.split(",")]
-    views, problems, words = [], None, {}
+    views, words, teacher = [], {}, None
     for path in paths:
         args.student = path
         sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns)
         tokens = load_tokens(args, [(*one, args.eval_max_new_tokens) for one in sets.items()])
         problems = [p for one in sets.values() for p in one]
-        student, teacher = load_model(path, args.precision), load_model(args.teacher, args.precision)
+        student, teacher = load_model(path, args.precision), teacher or load_model(args.teacher, args.precision)
         check_models(student, teacher)
         speaker, prompts = {"student": student, "teacher": teacher}[args.prefixes], [p.prompt for p in problems]
         options = dict(temperature=args.eval_temperature, seed=seed_of(args.seed, "look"), vocab_size=tokens.vocab_size)
         rollouts = sample(speaker, prompts, tokens.end_ids, args.eval_max_new_tokens, **options)
         said = inspect(student, teacher, rollouts, tokens.end_ids, args.ends, tokens.vocab_size)
         for i, (ids, ended, numbers) in enumerate(zip(rollouts.responses(), rollouts.ended.tolist(), said)):
-            text = tokens.decode(ids)
-            right = grade(text, problems[i].answer)
-            view = dict(student=path, problem=i, right=right, ended=ended, answer=find_answer(text), tokens=numbers)
+            right = grade(tokens.decode(ids), problems[i].answer)
+            view = dict(student=path, problem=i, right=right, ended=ended, tokens=numbers)
             views.append(view | dict(repeats=repeats([t["id"] for t in numbers])))
             names = {t["id"] for t in numbers} | {row[0] for t in numbers for row in t["top"]}
             words |= {j: "any end token" if j == ANY_END else tokens.tokenizer.decode([j]) for j in names}

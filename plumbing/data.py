@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def load_problems(name, needs="", columns="", strict=True):
     counted. columns: "question=NAME,answer=NAME,response=NAME", or some of them, where guessing fails. strict: a column
     that the file does not have is refused."""
     rows = _rows(name)
-    chosen, problems, left_out = _columns(name, rows, columns, strict), [], {}
+    chosen, problems, left_out = _columns(name, rows, columns, strict), [], Counter()
     for i, row in enumerate(rows, 1):
         given = {what: _cell(row, column) for what, column in chosen.items()}
         given |= {"response_ids": row.get("response_ids") or None}
@@ -62,19 +63,16 @@ def load_problems(name, needs="", columns="", strict=True):
         answer = clean_reference(given["answer"])
         level, ended = row.get("level"), row.get("ended") is not False
         level = None if level is None else str(level)
-        question = turns[-1]["content"] if turns and turns[-1]["role"] == "user" else ""
+        question = turns[-1]["content"].strip() if turns and turns[-1]["role"] == "user" else ""
         p = Problem(question, answer, level, response, given["response_ids"], ended, tuple(turns[:-1]))
-        reason = (
-            "a question"
-            if not question
-            else {
-                "answer": "" if answer is not None and can_be_graded(answer) else "an answer that can be graded",
-                "response": "" if p.response_ids or response else "a response",
-            }.get(needs, "")
-        )
-        problems += [] if reason else [p]
-        if reason:
-            left_out[reason] = left_out.get(reason, 0) + 1
+        if not question:
+            left_out["a question"] += 1
+        elif needs == "answer" and (answer is None or not can_be_graded(answer)):
+            left_out["an answer that can be graded"] += 1
+        elif needs == "response" and not (p.response_ids or response):
+            left_out["a response"] += 1
+        else:
+            problems.append(p)
     counts = ", ".join(f"{n} rows without {reason}" for reason, n in left_out.items())
     if not problems:
         how = f": sample them by `python evaluate.py --model TEACHER --eval_data {name} --eval_k 1 --out_file FILE`"
@@ -96,11 +94,11 @@ def _cell(row, column):
 
 
 def _turns(value):
-    """A text, or a conversation as a list of {"role", "content"}, -> a list of turns; texts are the user's."""
+    """A text, which is the user's, or a conversation, a list of {"role", "content"}. -> the turns that say something"""
     turns = value if isinstance(value, list) else [] if value is None else [{"role": "user", "content": str(value)}]
     if isinstance(value, dict) or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
         raise ValueError("needs a text, or a list of turns with a `role` and a text as `content`; one response a row")
-    return [{"role": t.get("role"), "content": t["content"].strip()} for t in turns if t["content"].strip()]
+    return [{"role": t.get("role"), "content": t["content"]} for t in turns if t["content"].strip()]
 
 
 def _columns(name, rows, columns, strict):

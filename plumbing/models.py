@@ -50,24 +50,24 @@ def load_tokens(args, problem_sets):
     asker = tokenizers.get("teacher", student)  # its chat template serves both
     for _, problems, _ in problem_sets:
         encode_prompts(problems, asker, args.thinking, args.instruction)
-    sample = [p for p in problem_sets[0][1][:256]]
+    some = problem_sets[0][1][:256]
     if asker is not student:
         mine, its = student.get_vocab(), asker.get_vocab()
         texts, trouble = {i: token for token, i in its.items()}, None
         for token, i in mine.items():
             if its.get(token, i) != i or texts.get(i, token) != token:
                 trouble = f"id {i} is {token!r} for the student and {texts.get(i)!r} for the teacher"
-        student.chat_template, same = asker.chat_template, [dataclasses.replace(p) for p in sample]
+        student.chat_template, same = asker.chat_template, [dataclasses.replace(p) for p in some]
         encode_prompts(same, student, args.thinking, args.instruction)
-        if not trouble and any(a.prompt != b.prompt for a, b in zip(same, sample)):
-            used = asker.convert_ids_to_tokens(sorted({i for p in sample for i in p.prompt}))
+        if not trouble and any(a.prompt != b.prompt for a, b in zip(same, some)):
+            used = asker.convert_ids_to_tokens(sorted({i for p in some for i in p.prompt}))
             trouble = f"the prompts use {', '.join(repr(t) for t in used if t not in mine)[:99] or 'other merges'}"
         if trouble:
             refuse(f"--student and --teacher tokenize differently ({trouble}): choose both from one family")
     if args.thinking:
-        same = [dataclasses.replace(p) for p in sample[:1]]
+        same = [dataclasses.replace(p) for p in some[:1]]
         encode_prompts(same, asker, False, args.instruction)
-        if same[0].prompt == sample[0].prompt and is_main():
+        if same[0].prompt == some[0].prompt and is_main():
             print("warning: --thinking changes nothing: the chat template has no switch of this name")
 
     sizes = {role: config.vocab_size for role, config in configs.items()}

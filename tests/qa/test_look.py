@@ -68,7 +68,7 @@ def test_what_is_repeated_is_folded_in_the_terminal_and_nothing_is_wider_than_a_
     assert look.visible("\x1b[0m\ta\n") == "·[0m·a↵", "nothing reaches the terminal as a command"
     words, plain = {1: "a\n", 2: "word", 3: "####"}, lambda text: re.sub("\033\\[[\\d;]*m", "", text)
     tokens = [dict(id=i, ratio=x) for i, x in [(1, -1.24), (3, 0.0), (2, -4.0)] + [(3, -3.0), (2, -1.0)] * 9]
-    assert plain(look.in_terminal(tokens, words)) == "a↵[-1.2]\n####word[-4.0] × 10, -4.0 nats each time "
+    assert plain(look.in_terminal(tokens, words)) == "a↵[-1.2]\n####word[-4.0] × 10, -4.0 nats on average "
     lines = plain(look.in_terminal([dict(id=2, ratio=0.6), dict(id=3, ratio=0.6)] * 3 * 9, words, width=40)).split("\n")
     assert max(map(len, lines)) <= 40
 

@@ -70,6 +70,7 @@ CONVERSATIONS = {  # a row: what stands before the question, the response, the a
     "messages": ({"messages": [SYSTEM, USER, SAID]}, "system\nBe brief.", "Yes.", None),
     "several turns": ({"messages": [*FIRST, USER, SAID], "id": 1}, "assistant\nHello.", "Yes.", None),
     "TRL: prompt and completion": ({"prompt": [USER], "completion": [SAID]}, None, "Yes.", None),
+    "a response as it stands": ({"prompt": " Is 7 prime?\n", "response": "\n Yes. "}, None, "\n Yes. ", None),
     "TRL: texts": ({"prompt": "Is 7 prime?", "completion": "Yes."}, None, "Yes.", None),
     "verl": ({"prompt": [USER], "reward_model": {"style": "rule", "ground_truth": "1"}}, None, None, "1"),
     "a solution is no response": ({"problem": "Is 7 prime?", "solution": "So \\boxed{1}."}, None, None, "1"),

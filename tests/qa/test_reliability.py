@@ -145,3 +145,13 @@ def test_a_finished_run_is_refused_and_goes_on_with_more_steps(script, world, tm
         run(script, **longer | dict(save_every=7))
         run(script, **longer | dict(out_dir=tmp_path / "whole"))
         same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_signal_before_the_first_step_is_one_line():
+    from plumbing.run import start
+
+    before = signal.getsignal(signal.SIGINT)
+    start()
+    with pytest.raises(SystemExit, match="^error: stopped; the same command goes on"):
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
