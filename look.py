@@ -163,18 +163,18 @@ def main(args: Args):
             words |= {j: "any end token" if j == ANY_END else tokens.tokenizer.decode([j]) for j in names}
     if not is_main():
         return
-    print("blue: the teacher says it more often; orange: less often; [x]: log p − log q in nats, where beyond 0.5")
+    print("blue: the teacher says it more often; orange: less often; [x]: log p − log q in nats, beyond 0.5")
     views.sort(key=lambda view: view["problem"])  # responses to one problem stand side by side
     for view in views:
         p, total = problems[view["problem"]], sum(t["ratio"] for t in view["tokens"])
         verdict = f"{'right' if view['right'] else 'wrong'}, {'finished' if view['ended'] else 'cut'}"
         verdict += f", {len(view['tokens'])} tokens, Σ {total:+.1f} nats"
-        whose = f"{view['student'] if args.prefixes == 'student' else args.teacher}: " if len(paths) > 1 else ""
-        print(f"\n{whose}{' '.join(p.question.split())[:50]}   ({verdict})\n{in_terminal(view['tokens'], words)}")
+        whose = f"{view['student']}\n" if len(paths) > 1 else ""
+        print(f"\n{whose}{' '.join(p.question.split())[:45]}   ({verdict})\n{in_terminal(view['tokens'], words)}")
     print()
     for path in paths:
         slips = [t["slips"] for view in views for t in view["tokens"] if view["student"] == path]
-        print(f"{path}: {sum(slips) / len(slips):.2%} of its probability is on tokens that the teacher gives under 1 %")
+        print(f"{sum(slips) / len(slips):.2%} of its probability is on tokens that the teacher gives under 1 %: {path}")
     asked = [dict(question=p.question, answer=p.answer, prompt=tokens.tokenizer.decode(p.prompt)) for p in problems]
     page = dict(teacher=args.teacher, students=paths, prefixes=args.prefixes, ends=args.ends, problems=asked)
     page |= dict(views=views, words=words, full=FULL, slip=SLIP, end_ids=[ANY_END, *tokens.end_ids])

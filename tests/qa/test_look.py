@@ -82,6 +82,8 @@ def test_two_checkpoints_stand_side_by_side(prefixes, sign, world, tmp_path, mon
     said = capsys.readouterr().out
     assert said.startswith("blue: the teacher says it more often; orange: less often")
     assert len(re.findall(r"\d+ tokens, Σ [+-]\d+\.\d nats", said)) == 4
+    lines = [line for line in re.sub("\033\\[[\\d;]*m", "", said).splitlines() if str(tmp_path.parent) not in line]
+    assert max(len(line) for line in lines if "/" not in line) <= 100
     assert re.findall(r"Σ ([+-])(?!0\.0)", said) == [sign] * 2, "either model prefers what it has said"
     data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"))[1])
     assert [view["problem"] for view in data["views"]] == [0, 0, 1, 1] and data["students"] == both.split(",")
