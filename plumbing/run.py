@@ -377,29 +377,41 @@ def in_words(row, k):
 
 
 def draw_curves(out):
-    """curves.png from log.jsonl. Thin lines are the rollouts of training, points are evaluations."""
+    """curves.png from log.jsonl. Grey lines are the rollouts of training, points are evaluations."""
+    rows, panels = read_lines(out / "log.jsonl"), {}
+    for title, lines in {
+        "loss": {"loss": "training"}, "gradient norm": {"grad_norm": "training"},
+        "entropy": {"entropy": "training", "eval_entropy": "evaluation"},
+        "length": {"response_len": "training", "eval_len": "evaluation"},
+        "finished": {"ended": "training", "eval_ended": "evaluation"},
+        "solved": {"reward": "training", "avg_at_k": "evaluation", "eval_useful": "useful", "pass_at_k": "Pass@k"},
+    }.items():  # fmt: skip
+        points = {label: [(row["step"], row[name], 0) for row in rows if name in row] for name, label in lines.items()}
+        panels[title] = {label: tuple(zip(*found)) for label, found in points.items() if found}
+    draw(out / "curves.png", str(out), panels)
+
+
+def draw(path, title, panels):
+    """Draw panels, {metric: {label: (steps, values, half-widths of intervals)}}. The colour-blind can distinguish Okabe
+    and Ito's colours, and each line has its marker; a white ground is legible in a dark page, too."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    rows, figure = read_lines(out / "log.jsonl"), Figure(figsize=(13, 7), layout="constrained")
-    panels = {
-        "loss (nats)": {"loss": "training"},
-        "gradient norm": {"grad_norm": "training"},
-        "entropy (nats)": {"entropy": "training", "eval_entropy": "evaluation"},
-        "length (tokens)": {"response_len": "training", "eval_len": "evaluation"},
-        "share finished": {"ended": "training", "eval_ended": "evaluation"},
-        "solved": {"reward": "training", "avg_at_k": "solved", "eval_useful": "useful", "pass_at_k": "Pass@k"},
-    }
-    marks = dict(zip(("evaluation", "solved", "useful", "Pass@k"), ("#D55E00", "#D55E00", "#0072B2", "#009E73")))
-    for axis, (title, lines) in zip(figure.subplots(2, 3).flat, panels.items()):
-        for (name, label), marker in zip(lines.items(), "os^D"):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            style = dict(color=marks[label], marker=marker, linewidth=2) if label in marks else dict(color="0.6")
-            if points:
-                axis.plot(*zip(*points), label=label, **style)
-        axis.set(title=title, xlabel="step", ylim=(-0.03, 1.03) if title in ("share finished", "solved") else None)
-        if len(axis.lines) > 1:
-            axis.legend(frameon=False)
-    figure.suptitle(str(out), parse_math=False)
-    figure.savefig(out / "curves.png", dpi=80)
+    rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2.5})
+    colors, units = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #000000".split(), {"length": " (tokens)"}
+    units |= {"loss": " (nats)", "entropy": " (nats)"}
+    labels = dict.fromkeys(label for lines in panels.values() for label in lines if label != "training")
+    looks = {label: dict(color=colors[i % 6], marker="sDo^vPX"[i % 7], markersize=8) for i, label in enumerate(labels)}
+    columns, handles = 3 if len(panels) > 4 else len(panels), {}
+    n = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.5 * columns, 4.6 * n + 0.6), layout="constrained")
+    figure.suptitle(title, weight="bold", parse_math=False)
+    for axis, (metric, lines) in zip(figure.subplots(n, columns, squeeze=False).flat, panels.items()):
+        for label, (steps, values, ci) in lines.items():
+            look = looks.get(label) or dict(color="0.6")
+            handles[label.replace("$", r"\$")] = axis.errorbar(steps, values, np.nan_to_num(ci), capsize=3, **look)
+        axis.set(xlabel="step", title=metric + units.get(metric, ""))
+        axis.set(ylim=(-0.03, 1.03)) if metric == "finished" else None
+    place = dict(loc="outside lower center", ncols=4 - len(handles) % 2, frameon=False)
+    figure.legend(handles.values(), handles.keys(), **place)
+    figure.savefig(path, dpi=80)

@@ -33,8 +33,8 @@ model that is trained by reverse KL stop finishing its responses?
     So there is a way to go on that the teacher minds little.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -47,6 +47,14 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import evaluate
+from plumbing.arguments import parse
+
+
+@dataclass
+class Args:
+    out: str = str(Path(__file__).parent)  # folder to write to
+    seed: int = 11  # of data, weights and documents
+
 
 # --- vocabulary -----------------------------------------------------------------------------------
 # As in a byte-pair vocabulary, frequent neighbours are one token: "5", "+5", "=5", and "=5\n", which
@@ -294,9 +302,9 @@ def add_responses(out):
     file.unlink()
 
 
-def main(out, seed):
+def main(args: Args):
     torch.set_num_threads(1)  # models this small gain nothing from more
-    out = Path(out)
+    out, seed = Path(args.out), args.seed
     out.mkdir(parents=True, exist_ok=True)
 
     # Data. Every problem occurs once, in one of the two sets.
@@ -329,8 +337,4 @@ def main(out, seed):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Build the toy: three models and their data.")
-    parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=11, help="for data, weights and documents")
-    args = parser.parse_args()
-    main(args.out, args.seed)
+    main(parse(Args))

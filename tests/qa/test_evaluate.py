@@ -1,21 +1,23 @@
 """evaluate.py and compare.py: the numbers of a run again, from outside, and what is drawn from them."""
 
-import concurrent.futures
+import contextlib
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import transformers
-from conftest import arguments_of, draw_curves, read_log, run, write_jsonl
-from matplotlib.axes import Axes
+from conftest import arguments_of, argv, draw_curves, read_log, run, write_jsonl
 
 import common
 import compare
 import evaluate
 import opd
+import plumbing.run
+import toy.build
 from plumbing.arguments import parse
 from plumbing.data import Problem, load_problem_sets, load_problems
 from plumbing.run import in_words, read_lines
@@ -32,13 +34,15 @@ def evaluated(capsys, **arguments):
 def test_evaluate_gives_the_numbers_of_the_training_log_and_curves_show_them(world, tmp_path, monkeypatch, capsys):
     """Greedy, as otherwise the two draw different numbers; then --eval_k 8 stands for one sample, and says so."""
     more, file = dict(eval_temperature=0, eval_k=8, eval_max_new_tokens=6), tmp_path / "all.jsonl"
-    drawn, plot = [], Axes.plot
-    said = ["training"] * 2 + ["training", "evaluation"] * 3 + ["solved", "useful", "Pass@k"]
+    drawn, draw = {}, plumbing.run.draw
     run("opd", **world | more, out_dir=tmp_path / "run")
     assert "  solved (Avg@1) " in capsys.readouterr().out
-    monkeypatch.setattr(Axes, "plot", lambda *a, label, **more: drawn.append(label) or plot(*a, label=label, **more))
+    monkeypatch.setattr(plumbing.run, "draw", lambda *args: drawn.update(args[2]) or draw(*args))
     draw_curves(shutil.copytree(tmp_path / "run", tmp_path / "cost_$5_lr_$6"))  # which is no mathematics
-    assert drawn == said
+    lines = [list(lines) for lines in drawn.values()]
+    assert lines == [["training"]] * 2 + [["training", "evaluation"]] * 3 + [["evaluation", "useful", "Pass@k"]]
+    solved = [(row["step"], row["avg_at_k"], 0) for row in read_log(tmp_path / "run") if "avg_at_k" in row]
+    assert drawn["solved"]["evaluation"] == tuple(zip(*solved))
     more |= dict(model=tmp_path / "run/model", eval_data=world["eval_data"], eval_batch_size=2, out_file=file)
     printed, ((_, *cells),) = evaluated(capsys, **more)
     m = read_log(tmp_path / "run")[-1]
@@ -137,40 +141,42 @@ def test_a_finding_needs_an_interval_without_zero_and_the_sign_in_every_world(mo
     worlds["two"] |= dict(half=seeds(0.9), c=seeds(0.65))
     worlds["one"]["c"] = seeds(0.3, 0.3, 0.3)
     expected = [
-        (("a differs by world", -1, "solved", ["a"], ["b"]), "-0.250 | -0.374 to -0.126 | +0.100 | open"),
-        (("gain", +1, "solved", ["a"], ["c"]), "-0.050 | -0.174 to +0.074 | -0.050 | open"),
-        (("sure", +1, "solved", ["b"], ["c"]), "+0.200 | +0.200 to +0.200 | -0.150 | open"),
-        (("after half of the FLOPs", +1, "solved at equal FLOPs", ["half"], ["b"]), "+0.050 | +0.050 to +0.050 | "),
-        (
-            ("two minus two", -1, "solved", ["half", "b"], ["c", "c"]),
-            "+0.300 | +0.300 to +0.300 | +0.100 | **opposite**",
-        ),
-        (("the same", +1, "solved", ["half", "b"], ["c", "c"]), "+0.300 | +0.300 to +0.300 | +0.100 | reproduced"),
+        (("a differs by world", -1, "solved", "a", "b"), "-0.250 | -0.374 to -0.126 | +0.100 | open"),
+        (("gain", +1, "solved", "a", "c"), "-0.050 | -0.174 to +0.074 | -0.050 | open"),
+        (("sure", +1, "solved", "b", "c"), "+0.200 | +0.200 to +0.200 | -0.150 | open"),
+        (("after half of the FLOPs", +1, "solved at equal FLOPs", "half", "b"), "+0.050 | +0.050 to +0.050 | "),
+        (("two minus two", -1, "solved", "half + b", "c + c"), "+0.300 | +0.300 to +0.300 | +0.100 | **opposite**"),
+        (("the same", +1, "solved", "half + b", "c + c"), "+0.300 | +0.300 to +0.300 | +0.100 | reproduced"),
     ]
     monkeypatch.setattr(compare, "CLAIMS", [claim for claim, _ in expected])
     for row, (claim, says) in zip(compare.findings(worlds).splitlines()[2:], expected):
-        assert row.startswith(f"| {claim[0]} | {claim[2]}: ") and f" | {says}" in row, row
+        assert row.startswith(f"| {claim[0]} | {claim[2]}: {claim[3]} − {claim[4].replace('+', '−')} | {says}"), row
 
 
 def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch, capsys):
     """The whole of it in miniature, in this process: runs, tables and figures; the second time nothing runs."""
     real, small = compare.plan, world | dict(steps=1, batch_size=2, lengths="6", eval_every=0, max_new_tokens=6)
-    student = lambda its, runs: its["student"] if its["student"] in runs else small["student"]
-    shrink = lambda s, its, runs: (s, its | arguments_of(s, small, student=student(its, runs)))
-    plan = lambda place: {kind: shrink(*run, real(place)) for kind, run in real(place).items()}
-    done = lambda result: [future := concurrent.futures.Future(), future.set_result(result)][0]
-    pool = SimpleNamespace(submit=lambda function, *args: done(function(*args)), shutdown=lambda **_: None)
-    built = lambda place, seed: [Path(place).mkdir(), Path(place, f"seed-{seed}").touch(), None][-1]
-    monkeypatch.setattr(compare, "plan", plan)
-    monkeypatch.setattr(compare.build, "main", built)
-    monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", lambda *args, **options: pool)
+
+    def plan(place, out, seed):
+        """As it is, but for models, data and lengths; what starts from another run starts from that."""
+        for kind, command in real(place, out, seed).items():
+            script = command.split(".py")[0]
+            less = {name: x for name, x in arguments_of(script, small).items() if script != "grpo" or name != "student"}
+            yield kind, f"{command} {shlex.join(argv(less))}"
+
+    built = lambda args: [Path(args.out).mkdir(), Path(args.out, f"seed-{args.seed}").touch(), None][-1]
+    pool = SimpleNamespace(imap_unordered=map)
+    context = SimpleNamespace(Pool=lambda workers: contextlib.nullcontext(pool))
+    monkeypatch.setattr(compare, "plan", lambda *args: dict(plan(*args)))
+    monkeypatch.setattr(toy.build, "main", built)
+    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda how: context)
     main = lambda *words: compare.main(parse(compare.Args, [f"--out_dir={tmp_path}/out", *words]))
     main("--worlds", f"toy,{tmp_path}/other-7", "--seeds=1")
     out = tmp_path / "out"
     assert (tmp_path / "other-7/seed-7").exists(), "a world that is missing is built"
     assert {f"{name}.png" for name in compare.FIGURES} <= {path.name for path in out.iterdir()}
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert list(results) == ["toy", "other-7"] and list(results["toy"]) == list(real("toy")) and len(real("toy")) <= 20
+    assert list(results) == ["toy", "other-7"] and len(results["toy"]) == len(real("toy", "", 0)) <= 20
     assert results["toy"]["base-curriculum"][0]["gates"][0][0] == 6 and len(compare.CLAIMS) <= 10
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*")}
     compare.run_all(compare.Args(out_dir=str(out), worlds="toy", seeds=1))
@@ -180,8 +186,8 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     assert (out / "overlay.png").exists() and f" | {read_log(a)[-1]['eval_entropy']:.3f} | " in capsys.readouterr().out
     for words, says in (
         {
-            "--seeds=11": "at most 10",
-            "--seeds=0": "--seeds is 0, and must be at least 1",
+            "--seeds=11": "--seeds: invalid choice: '11'",
+            "--workers=0": "--workers is 0, and must be at least 1",
             "--dirs=no": "'no' has no log",
         }
     ).items():
