@@ -29,7 +29,7 @@ from common import (
 )  # fmt: skip
 from plumbing.arguments import refuse
 from plumbing.models import load_student, load_teacher, refresh
-from plumbing.run import Run, mean_over_processes, parse
+from plumbing.run import Run, mean_over_processes, parse, say
 
 
 @dataclass
@@ -150,9 +150,7 @@ def main(args: Args):
             records = respond(sampler, held_out, run.tokens, 1, seed_of("gate"), **options)
             h = sum(r["nats"] for r in records) / sum(r["length"] for r in records)  # H_m
             run.row |= {"gate_entropy": h, "gate_open": h >= args.h_min}
-            run.say(
-                f"stage {state['stage']}: H = {h:.3f} at {length} tokens, {'open' if h >= args.h_min else 'closed'}"
-            )
+            say(f"stage {state['stage']}: H = {h:.3f} at {length} tokens, {'open' if h >= args.h_min else 'closed'}")
             if h >= args.h_min:  # stable: this is now the checkpoint to fall back on
                 state |= {"stable": step + 1, "stage": min(state["stage"] + 1, len(ladder) - 1)}
             else:  # back to the last stable weights and length, if there are any

@@ -27,7 +27,7 @@ import torch
 from common import check_models, evaluate, log_probs, sample, seed_of, token_log_probs, weighted_loss
 from plumbing.grading import grade
 from plumbing.models import load_student, refresh
-from plumbing.run import Run, mean_over_processes, parse
+from plumbing.run import Run, mean_over_processes, parse, say
 
 
 def clipped_surrogate(log_probs, old_log_probs, advantages, clip):
@@ -107,7 +107,7 @@ def main(args: Args):
         advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()  # (B,)
         idle = 0 if advantages.any() else idle + 1
         if idle == 10:
-            run.say(
+            say(
                 "warning: for ten steps all responses to a prompt were worth the same, so nothing is learned: give "
                 "other problems, another --instruction, or a larger --group_size or --max_new_tokens"
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from plumbing.arguments import refuse
 from plumbing.grading import can_be_graded, clean_reference, needs_math_verify
+from plumbing.processes import say
 
 
 @dataclass
@@ -79,7 +80,7 @@ def load_problems(name, needs="", columns="", strict=True):
         how = how if needs == "response" else ": without answers say --eval_data none" if needs == "answer" else ""
         refuse(f"{name}: no rows left in it ({counts or 'it is empty'}){how}")
     if counts:
-        print(f"{name}: left out {counts}")
+        say(f"{name}: left out {counts}")
     latex = next((p.answer for p in problems if needs == "answer" and needs_math_verify(p.answer)), None)
     if latex is not None and importlib.util.find_spec("math_verify") is None:
         refuse(f"{name} has the answer {latex!r}, graded by math-verify: pip install math-verify")
@@ -125,8 +126,10 @@ def _columns(name, rows, columns, strict):
 
 
 def load_problem_sets(names, n, columns="", needs="answer", strict=True):
-    """{name: [Problem]} of all sets in `names`, separated by commas; of each, n problems, evenly spread (0: all)."""
-    sets = {name: load_problems(name, needs, columns, strict)[0] for name in map(str.strip, names.split(","))}
+    """{name: [Problem]} of all sets in `names`, separated by commas, or "none"; of each, n problems, evenly spread (0:
+    all)."""
+    names = [] if names == "none" else map(str.strip, names.split(","))
+    sets = {name: load_problems(name, needs, columns, strict)[0] for name in names}
     return {
         name: [problems[i * len(problems) // n] for i in range(n)] if 0 < n < len(problems) else problems
         for name, problems in sets.items()

@@ -7,17 +7,17 @@ import hashlib
 import math
 import os
 import re
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import transformers
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.arguments import refuse
 from plumbing.data import encode_prompts, encode_responses
-from plumbing.processes import device_here, gather, is_main, layers, shard, whole
+from plumbing.processes import device_here, gather, layers, say, shard, whole
 
 # ----------------------------------------------------------------------------------------------------------------
 # Tokens
@@ -50,25 +50,23 @@ def load_tokens(args, problem_sets):
     asker = tokenizers.get("teacher", student)  # its chat template serves both
     for _, problems, _ in problem_sets:
         encode_prompts(problems, asker, args.thinking, args.instruction)
-    some = problem_sets[0][1][:256]
+
+    def differs(tokenizer, thinking, n):  # whether it makes other prompts of the first n problems
+        again = [dataclasses.replace(p) for p in problem_sets[0][1][:n]]
+        encode_prompts(again, tokenizer, thinking, args.instruction)
+        return any(p.prompt != before.prompt for p, before in zip(again, problem_sets[0][1]))
+
     if asker is not student:
-        mine, its = student.get_vocab(), asker.get_vocab()
-        texts, trouble = {i: token for token, i in its.items()}, None
+        student.chat_template, trouble = asker.chat_template, None
+        mine, its, texts = student.get_vocab(), asker.get_vocab(), {i: token for token, i in asker.get_vocab().items()}
         for token, i in mine.items():
             if its.get(token, i) != i or texts.get(i, token) != token:
                 trouble = f"id {i} is {token!r} for the student and {texts.get(i)!r} for the teacher"
-        student.chat_template, same = asker.chat_template, [dataclasses.replace(p) for p in some]
-        encode_prompts(same, student, args.thinking, args.instruction)
-        if not trouble and any(a.prompt != b.prompt for a, b in zip(same, some)):
-            used = asker.convert_ids_to_tokens(sorted({i for p in some for i in p.prompt}))
-            trouble = f"the prompts use {', '.join(repr(t) for t in used if t not in mine)[:99] or 'other merges'}"
-        if trouble:
+        if trouble or differs(student, args.thinking, 256):
+            trouble = trouble or "a prompt becomes other ids"
             refuse(f"--student and --teacher tokenize differently ({trouble}): choose both from one family")
-    if args.thinking:
-        same = [dataclasses.replace(p) for p in some[:1]]
-        encode_prompts(same, asker, False, args.instruction)
-        if same[0].prompt == some[0].prompt and is_main():
-            print("warning: --thinking changes nothing: the chat template has no switch of this name")
+    if args.thinking and not differs(asker, False, 1):
+        say("warning: --thinking changes nothing: the chat template has no switch of this name")
 
     sizes = {role: config.vocab_size for role, config in configs.items()}
     added = {token for tokenizer in tokenizers.values() for token in tokenizer.get_added_vocab()}
@@ -80,8 +78,8 @@ def load_tokens(args, problem_sets):
             "tokenizer is another model's, or model.resize_token_embeddings was forgotten"
         )
     vocab_size = min(*sizes.values(), max(max(tokenizer.get_vocab().values()) + 1 for tokenizer in tokenizers.values()))
-    if vocab_size < max(sizes.values()) and is_main():
-        print(f"vocabulary sizes are {sizes}: logits cropped to the tokenizer's {vocab_size}")
+    if vocab_size < max(sizes.values()):
+        say(f"vocabulary sizes are {sizes}: logits cropped to the tokenizer's {vocab_size}")
     end_ids = set()
     for role, path in paths.items():
         for ids in (configs[role].eos_token_id, _generation_end(path), tokenizers[role].eos_token_id):
@@ -96,17 +94,11 @@ def load_tokens(args, problem_sets):
     special = [re.escape(token.content) for token in asker.added_tokens_decoder.values() if token.special]
     control = re.compile("|".join(special) or r"(?!)")
     for name, problems, new in problem_sets:
-        _leave_out(
-            name,
-            problems,
-            "have control tokens such as <|im_end|> in their text",
-            lambda p: control.search(_all_text(p)),
-        )
+        why = "have control tokens such as <|im_end|> in their text"
+        _leave_out(name, problems, why, lambda p: control.search(_all_text(p)))
         least = min(len(p.prompt) for p in problems)
-        too_long = (
-            f"are too long for the context of {room}: the shortest prompt has {least} tokens, {new} are to be added"
-        )
-        _leave_out(name, problems, too_long, lambda p: len(p.prompt) + new > room)
+        why = f"are too long for the context of {room}: the shortest prompt has {least} tokens, {new} are to be added"
+        _leave_out(name, problems, why, lambda p: len(p.prompt) + new > room)
         unknown = [p.prompt.count(asker.unk_token_id) / len(p.prompt) for p in problems] if asker.unk_token else [0.0]
         if (share := sum(unknown) / len(unknown)) > 0.05:  # a model would learn nothing, without complaint
             example = problems[unknown.index(max(unknown))].question[:60]
@@ -127,8 +119,8 @@ def _leave_out(name, problems, why, is_out):
     kept = [p for p in problems if not is_out(p)]
     if not kept:
         refuse(f"{name}: all rows {why}")
-    if len(kept) < len(problems) and is_main():
-        print(f"{name}: left out {len(problems) - len(kept)} rows that {why}")
+    if len(kept) < len(problems):
+        say(f"{name}: left out {len(problems) - len(kept)} rows that {why}")
     problems[:] = kept
 
 
@@ -155,24 +147,15 @@ def _generation_end(path):
 def faster_precision(model):
     """What --precision auto stands for here -> "fp32" or "bf16". A model of less than 10 million parameters stays in
     fp32; for others the main process multiplies two matrices in either precision, and all take the faster one."""
-    found = []
-    if is_main() and model.num_parameters() >= 10e6:
-        ms = {name: 1000 * _seconds(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-        found = [min(ms, key=ms.get)]
-        print(
-            f"--precision auto is {found[0]}: a product takes {ms['fp32']:.1f} ms in fp32, {ms['bf16']:.1f} ms in bf16"
-        )
-    return (gather(found) + ["fp32"])[0]
-
-
-def _seconds(dtype, n=1024):
-    """The time that a product of two matrices takes, as they occur in a model: the least of three."""
-    a, times = torch.ones(n, n, dtype=dtype, device=device_here()), []
-    for _ in range(4):
-        began = time.perf_counter()
-        (a @ a).sum().item()  # waits for a GPU
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    ms = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)) if model.num_parameters() >= 10e6 else ():
+        a = torch.ones(1024, 1024, dtype=dtype, device=device_here())
+        timer = Timer("(a @ a).sum().item()", globals={"a": a}, num_threads=torch.get_num_threads())
+        ms[name] = 1000 * timer.timeit(3).median
+    best = gather([min(ms, key=ms.get, default="fp32")])[0]
+    if ms:
+        say(f"--precision auto is {best}: a product takes {ms['fp32']:.1f} ms in fp32, {ms['bf16']:.1f} ms in bf16")
+    return best
 
 
 def autocast(model):
@@ -197,9 +180,9 @@ def load_student(args):
     student = load_model(args.student, "fp32").requires_grad_()
     args.precision = faster_precision(student) if args.precision == "auto" else args.precision
     defaults = [name for name in ("data", "eval_data", "lr") if getattr(args, name) == getattr(type(args), name)]
-    if defaults and student.num_parameters() >= 10e6 and is_main():
+    if defaults and student.num_parameters() >= 10e6:
         values = ", ".join(f"--{name} {getattr(args, name)}" for name in defaults)
-        print(f"warning: {values}: made for the toy; others take an lr of 5e-7 to 2e-6, begin from recipes/")
+        say(f"warning: {values}: made for the toy; others take an lr of 5e-7 to 2e-6, begin from recipes/")
     sampler = student
     if args.precision == "bf16" or dist.is_initialized():
         sampler = cast(copy.deepcopy(student).requires_grad_(False), args.precision)
@@ -242,9 +225,8 @@ def load_model(path, precision):
         refuse(f"the weights in {path!r} do not fit its config.json ({trouble}): copy or download it again")
     if report["unexpected_keys"]:
         first, n = min(report["unexpected_keys"]), len(report["unexpected_keys"])
-        refuse(
-            f"config.json in {path!r} has no place for {n} of its weights, such as {first}: they are another model's"
-        )
+        why = f"has no place for {n} of its weights, such as {first}: they are another model's"
+        refuse(f"config.json in {path!r} {why}")
     model = model.to(device_here()).requires_grad_(False).eval()
     if model.device.type == "cpu" and model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # threads cost tiny matrices more than they give; on a busy machine ten times as much

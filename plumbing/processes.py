@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import sys
 import types
 import warnings
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 
 def start_processes():
@@ -38,6 +40,13 @@ def rank_and_world():
 
 def is_main():
     return rank_and_world()[0] == 0
+
+
+def say(text):
+    """Print a text, above the progress bar if there is one; of several processes the first one does."""
+    if is_main():
+        tqdm.write(text)
+        sys.stdout.flush()  # a pipe would keep it back
 
 
 def barrier():

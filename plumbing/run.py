@@ -3,7 +3,7 @@
 A Run holds what belongs together and does what is the same for every method. The loop is the script's.
 """
 
-import contextlib
+import contextlib  # noqa: I001
 import ctypes
 import dataclasses
 import hashlib
@@ -28,15 +28,8 @@ from plumbing.arguments import check_args, parse, refuse  # noqa: F401  parse is
 from plumbing.data import load_problem_sets, load_problems
 from plumbing.models import identity, load_tokens, refresh, sequence_flops
 from plumbing.processes import (
-    barrier,
-    is_main,
-    like,
-    mean_over_processes,
-    rank_and_world,
-    start_processes,
-    sum_over_processes,
-    whole,
-)
+    barrier, is_main, like, mean_over_processes, rank_and_world, say, start_processes, sum_over_processes, whole,
+)  # fmt: skip
 
 # What changes memory, and at most which random numbers are drawn: it may differ when a run is continued.
 FREE_ARGS = {
@@ -77,39 +70,30 @@ class Run:
         check_args(args)
         self.args, self.out = args, Path(args.out_dir)
         before = _read_args(args, steps_may_grow)
-        self.step = max(checkpoints(self.out), default=0)
+        self.step, self.row, self.memory = max(checkpoints(self.out), default=0), {"step": 0}, {}
+        self.logged = self.stop_asked = self.stopping = False
         self.problems, columns, settings = load_problems(args.data, needs, args.columns)
-        self.problem_sets = {}
-        if args.eval_data != "none":
-            self.problem_sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns, strict=False)
-        problems = [self.problems, *self.problem_sets.values()]
-        new = [args.max_new_tokens] + [args.eval_max_new_tokens] * len(self.problem_sets)
-        self.tokens = load_tokens(args, list(zip([args.data, *self.problem_sets], problems, new)))
+        self.problem_sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns, strict=False)
+        sets = [(name, problems, args.eval_max_new_tokens) for name, problems in self.problem_sets.items()]
+        self.tokens = load_tokens(args, sets := [(args.data, self.problems, args.max_new_tokens), *sets])
         self.prompt_len = max(len(p.prompt) for p in self.problems)
-        self.row, self.memory, self.logged = {"step": 0}, {}, False
-        self.stop_asked = self.stopping = False
-        read = json.dumps([[p.prompt, p.answer, p.response_ids] for one in problems for p in one])
+        read = json.dumps([[p.prompt, p.answer, p.response_ids] for _, problems, _ in sets for p in problems])
         self.inputs = {"data": hashlib.sha256(read.encode()).hexdigest()[:16], "processes": rank_and_world()[1]}
-        for role in ("student", "teacher"):
-            self.inputs[f"files of the {role}"] = identity(getattr(args, role, None))
+        self.inputs |= {f"files of the {role}": identity(getattr(args, role, None)) for role in ("student", "teacher")}
         barrier()  # all have read what the main process will write
-        if not is_main():
-            return
         first = self.tokens.tokenizer.decode(self.problems[0].prompt)
+        first = "    " + (first if len(first) < 600 else first[:600] + " ...").replace("\n", "\n    ").rstrip()
         chosen = ", ".join(f"{what}={column}" for what, column in columns.items() if column)
-        print(f"{args.data}: {len(self.problems)} problems ({chosen}). The first prompt:")
-        print("    " + (first if len(first) < 600 else first[:600] + " ...").replace("\n", "\n    ").rstrip())
+        say(f"{args.data}: {len(self.problems)} problems ({chosen}). The first prompt:\n{first}")
         for name, value in self.inputs.items():
             if before.get("inputs", self.inputs).get(name) != value:
-                print(f"warning: the {name} changed since {args.out_dir!r} began: what follows is not the same run")
-        cut = sum(len(p.response_ids or ()) > args.max_new_tokens for p in self.problems) if needs == "response" else 0
-        if cut:
-            print(
-                f"{cut} of {len(self.problems)} responses are longer than --max_new_tokens, and are cut without an end"
-            )
-        for name in ("instruction", "thinking", "temperature") if needs == "response" else ():
-            if name in settings and settings[name] != getattr(args, name):
-                print(f"warning: the responses in {args.data} were made with --{name} {settings[name]!r}")
+                say(f"warning: the {name} changed since {args.out_dir!r} began: what follows is not the same run")
+        if needs == "response":
+            if cut := sum(len(p.response_ids) > args.max_new_tokens for p in self.problems):
+                say(f"{cut} of {len(self.problems)} responses are longer than --max_new_tokens, and are cut")
+            for name in ("instruction", "thinking", "temperature"):
+                if settings.get(name, getattr(args, name)) != getattr(args, name):
+                    say(f"warning: the responses in {args.data} were made with --{name} {settings[name]!r}")
 
     # ------------------------------------------------------------------------------------------------------------
     # The loop
@@ -126,15 +110,13 @@ class Run:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(self.out / "model", ignore_errors=True)  # of a run that now gets longer
-                write_file(
-                    self.out / "args.json",
-                    dataclasses.asdict(self.args) | {"inputs": self.inputs, "script": script_of(self.args)},
-                )
+                of_run = {"inputs": self.inputs, "script": script_of(self.args)}
+                write_file(self.out / "args.json", dataclasses.asdict(self.args) | of_run)
                 write_file(log, rows)
             except OSError as error:
                 refuse(f"cannot write to --out_dir {self.args.out_dir!r} ({error}): choose another directory")
-            if self.step:
-                print(f"continuing {self.args.out_dir} after step {self.step}")
+        if self.step:
+            say(f"continuing {self.args.out_dir} after step {self.step}")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
 
@@ -142,7 +124,7 @@ class Run:
         """Ask the run to stop after the step under way; a second signal stops it at once."""
         self.stop_asked = True
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        self.say("stopping: the step under way is finished and saved first; once more stops at once")
+        say("stopping: the step under way is finished and saved first; once more stops at once")
 
     def steps(self):
         """How many updates have been made: 0, or what the checkpoint says, up to --steps; with a progress bar."""
@@ -200,12 +182,6 @@ class Run:
         self.stopping = sum_over_processes(int(self.stop_asked)) > 0  # all processes agree
         return self.stopping or self.step == self.args.steps or self.step % self.args.save_every == 0
 
-    def say(self, text):
-        """A line above the progress bar, from one process."""
-        if is_main():
-            tqdm.write(text)
-            sys.stdout.flush()  # a pipe would keep it back
-
     def log(self, evaluation=None):
         """Write the row to log.jsonl, and, of an evaluation, its metrics, too, its responses to a file, and a line."""
         if evaluation:
@@ -214,9 +190,8 @@ class Run:
             if evaluation:
                 write_file(self.out / f"responses-{self.step}.jsonl", evaluation[1])
             append_lines(self.out / "log.jsonl", [self.row])
-            if evaluation:
-                k = self.args.eval_k if self.args.eval_temperature else 1
-                self.say(f"step {self.step:4d}  {in_words(self.row, k)}")
+        if evaluation:
+            say(f"step {self.step:4d}  {in_words(self.row, self.args.eval_k if self.args.eval_temperature else 1)}")
         self.logged = True
 
     # ------------------------------------------------------------------------------------------------------------
@@ -259,8 +234,7 @@ class Run:
         if is_main():
             draw_curves(self.out)
         write_checkpoint(self.out / "model", student, self.tokens)
-        if is_main():
-            print(f"done: {self.out / 'model'} is the trained student, {self.out / 'curves.png'} the course of the run")
+        say(f"done: {self.out / 'model'} is the trained student, {self.out / 'curves.png'} the course of the run")
         barrier()  # nobody leaves while the others still need him
 
 
@@ -305,9 +279,7 @@ def _read_args(args, steps_may_grow):
         refuse(f"cannot write to --out_dir {args.out_dir!r}: name a directory in whose way there is no file")
     if not (out / "args.json").exists():
         if (out / "model").exists() or (out / "log.jsonl").exists():
-            refuse(
-                f"--out_dir {args.out_dir!r} holds results but no args.json saying of what: choose another directory"
-            )
+            refuse(f"--out_dir {args.out_dir!r} holds results, and no args.json says of what: choose another directory")
         return {}
     try:
         before = dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
@@ -370,9 +342,9 @@ def in_words(row, k):
     line += f"  length {row['eval_len']:.1f}  entropy {row['eval_entropy']:.3f}"
     if row["eval_marked"] < 0.5:
         line += (
-            f"\nwarning: only {row['eval_marked']:.0%} of the responses mark an answer: ask for it by --instruction, "
+            f"\nwarning: only {row['eval_marked']:.0%} of the responses mark an answer: ask for it by --instruction,"
         )
-        line += "or let them\nfinish by a larger --eval_max_new_tokens"
+        line += "\nor let them finish by a larger --eval_max_new_tokens"
     return line
 
 

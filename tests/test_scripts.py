@@ -22,7 +22,7 @@ import opd
 import plumbing.run
 from plumbing.arguments import parse
 from plumbing.models import sequence_flops
-from plumbing.run import Run, checkpoints
+from plumbing.run import Run, checkpoints, say
 
 CORNERS = ["sft_offpolicy", "offline_rl_distill", "dagger_onpolicy", "opd"]
 SIBLINGS = [*CORNERS, "kl_mix"]
@@ -285,5 +285,5 @@ def test_what_a_run_says_is_not_kept_back_by_a_pipe(monkeypatch):
     written = io.BytesIO()
     for name in ("stdout", "stderr"):  # as Python has them where there is no terminal
         monkeypatch.setattr(sys, name, io.TextIOWrapper(written, "utf-8", line_buffering=name == "stderr"))
-    Run.say(None, "stopping")
+    say("stopping")
     assert b"stopping" in written.getvalue()

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pandas
@@ -261,7 +262,9 @@ def test_auto_is_measured_once_for_models_that_are_not_tiny_and_kept(world, tmp_
     weights all the same; what samples and the teacher have not."""
     seconds, size, loaded = {torch.float32: 2e-3, torch.bfloat16: 1e-3}, [10_000_000], []
     recorded = lambda name: json.loads((tmp_path / name / "args.json").read_text(encoding="utf-8"))["precision"]
-    monkeypatch.setattr(models, "_seconds", lambda dtype: seconds[dtype])
+    timed = lambda code, globals, num_threads: SimpleNamespace(median=seconds[globals["a"].dtype])
+    timer = lambda *args, **options: SimpleNamespace(timeit=lambda times: timed(*args, **options))
+    monkeypatch.setattr(models, "Timer", timer)
     monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda self, **_: size[0])
     monkeypatch.setattr(opd, "check_models", lambda *them: loaded.append([model.dtype for model in them]))
     more = world | dict(eval_data="none", out_dir=tmp_path / "run")
