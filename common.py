@@ -67,10 +67,7 @@ def sampled_reverse_kl(student_logits, teacher_logits):
 
 def sampled_mixed_kl(student_logits, teacher_logits, lam):
     """λ sampled reverse KL + (1 − λ) sampled forward KL: one token of each."""
-    forward, reverse = (
-        sampled_forward_kl(student_logits, teacher_logits),
-        sampled_reverse_kl(student_logits, teacher_logits),
-    )
+    forward, reverse = (f(student_logits, teacher_logits) for f in (sampled_forward_kl, sampled_reverse_kl))
     return lam * reverse + (1 - lam) * forward
 
 

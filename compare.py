@@ -117,7 +117,7 @@ def run_all(args):
                 waves[1 + kind.startswith("grpo")].append(f"{command} --out_dir {shlex.quote(found[kind][-1])}")
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:  # torch's threads do not survive a fork
         for what, wave in zip(("worlds", "runs", "runs after them"), waves):
-            for trouble in tqdm(pool.imap_unordered(run_one, wave), total=len(wave), desc=what):
+            for trouble in tqdm(pool.imap_unordered(run_one, wave), what, len(wave), disable=not wave):
                 if trouble:
                     refuse(trouble)
     return dirs

@@ -126,10 +126,8 @@ def _columns(name, rows, columns, strict):
 
 
 def load_problem_sets(names, n, columns="", needs="answer", strict=True):
-    """{name: [Problem]} of all sets in `names`, separated by commas, or "none"; of each, n problems, evenly spread (0:
-    all)."""
-    names = [] if names == "none" else map(str.strip, names.split(","))
-    sets = {name: load_problems(name, needs, columns, strict)[0] for name in names}
+    """{name: [Problem]} of all sets in `names`, separated by commas; of each, n problems, evenly spread (0: all)."""
+    sets = {name: load_problems(name, needs, columns, strict)[0] for name in map(str.strip, names.split(","))}
     return {
         name: [problems[i * len(problems) // n] for i in range(n)] if 0 < n < len(problems) else problems
         for name, problems in sets.items()

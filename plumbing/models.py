@@ -63,7 +63,9 @@ def load_tokens(args, problem_sets):
             if its.get(token, i) != i or texts.get(i, token) != token:
                 trouble = f"id {i} is {token!r} for the student and {texts.get(i)!r} for the teacher"
         if trouble or differs(student, args.thinking, 256):
-            trouble = trouble or "a prompt becomes other ids"
+            used = asker.convert_ids_to_tokens(sorted({i for p in problem_sets[0][1] for i in p.prompt}))
+            lacks = ", ".join(repr(token) for token in used if token not in mine)[:99]
+            trouble = trouble or f"the prompts use {lacks or 'other merges'}"
             refuse(f"--student and --teacher tokenize differently ({trouble}): choose both from one family")
     if args.thinking and not differs(asker, False, 1):
         say("warning: --thinking changes nothing: the chat template has no switch of this name")

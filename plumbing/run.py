@@ -73,7 +73,8 @@ class Run:
         self.step, self.row, self.memory = max(checkpoints(self.out), default=0), {"step": 0}, {}
         self.logged = self.stop_asked = self.stopping = False
         self.problems, columns, settings = load_problems(args.data, needs, args.columns)
-        self.problem_sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns, strict=False)
+        sets = args.eval_data, args.eval_problems, args.columns
+        self.problem_sets = {} if args.eval_data == "none" else load_problem_sets(*sets, strict=False)
         sets = [(name, problems, args.eval_max_new_tokens) for name, problems in self.problem_sets.items()]
         self.tokens = load_tokens(args, sets := [(args.data, self.problems, args.max_new_tokens), *sets])
         self.prompt_len = max(len(p.prompt) for p in self.problems)

@@ -71,6 +71,7 @@ NO_NORM = edit("model.safetensors", b"model.norm.weight", b"model.norm.height")
 EXCHANGED = edit(
     "tokenizer.json", b"<.im_(start|end).>", lambda m: b"<|im_end|>" if b"start" in m[0] else b"<|im_start|>"
 )
+NO_TURNS = edit("tokenizer.json", rb'(?s)("content": "<.endoftext.>".*?\}),.*?\n  \]', rb"\1\n  ]")
 QUANTISED = edit("config.json", rb"^\{", b'{"quantization_config": {"quant_method": "fp8"},')
 ONE_LAYER = [set_to("config.json", b"num_hidden_layers", b"1")]
 ONE_LAYER += [set_to("config.json", b"layer_types", b'["full_attention"]')]
@@ -132,6 +133,7 @@ BEFORE_MODELS = {
     "no chat template": (teacher(remove("chat_template.jinja")), "no chat template", "chat_template.jinja"),
     "bad chat template": (teacher(write("chat_template.jinja", "{% for m in %}")), "chat template fails"),
     "fewer tokens": (teacher(tokenizer(vocab_size=280)), "tokenize differently (id", "one family"),
+    "no token for a turn": (student(NO_TURNS), "the prompts use '<|im_start|>', '<|im_end|>'", "one family"),
     "other tokenization": (student(edit("tokenizer.json", rb'(?s)"merges": \[.*\]', b'"merges": []')), "one family"),
     "few logits": (student(set_to("config.json", b"vocab_size", b"290")), "ids up to 302", "'student': 290"),
     "tokens exchanged": (student(EXCHANGED), "tokenize differently (id 30", "one family"),

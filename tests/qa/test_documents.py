@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -128,3 +129,42 @@ def test_the_whole_idea_in_readme_runs_and_learns(monkeypatch, capsys):
     exec(code.replace("range(100)", "range(30)"), {})
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+NUMBER = re.compile(r"(?<![\w.])\d*\.\d+(?:e-?\d+)?(?![\w.]*\d)|(?<![\w.])\d+e-\d+")
+
+
+def unfounded(text, sources, numbers=()):
+    """The decimals of a text that are none of the numbers, and of those in the sources, rounded as the text has it."""
+    text = re.sub(r"arXiv \S+|/abs/\S+|Qwen\S+|^\| .* \| \w+ \|$", "", text, flags=re.M)  # (findings are tested above)
+    known = np.array([*numbers, *(float(x) for source in sources for x in NUMBER.findall(source))])
+    form = lambda x: f".{len(x.partition('.')[2].partition('e')[0])}{'e' if 'e' in x else 'f'}"
+    known_as = lambda x: {format(number, form(x)) for number in known}
+    return [x for x in NUMBER.findall(text) if format(float(x), form(x)) not in known_as(x)]
+
+
+def sections(name):
+    return [part.partition("\n")[::2] for part in re.split(r"^## ", read(ROOT / "docs" / name), flags=re.M)[1:]]
+
+
+def test_every_decimal_of_the_answers_was_printed_in_its_section_of_the_lesson_or_is_given_there():
+    """... as docs/outputs.py has kept it, or by the first command, whose console README shows."""
+    outputs, table = json.loads(read(ROOT / "docs/outputs.json")), read(ROOT / "figures/table.md")
+    said = "\n".join(next(iter(outputs.values()))["python opd.py"][-8:-1])
+    assert list(outputs) == [title for title, _ in sections("lesson.md")]
+    for (title, asks), (_, answers) in zip(sections("lesson.md"), sections("answers.md"), strict=True):
+        assert unfounded(answers, [asks, table, said, str(outputs[title])]) == [], title
+    assert said in read(ROOT / "README.md") and unfounded("a wrong 0.12345", [said]) == ["0.12345"]
+
+
+def test_every_decimal_of_readme_and_results_is_in_results_json_or_a_setting():
+    """... or a mean over seeds."""
+    numbers = []
+    for kinds in json.loads(read(ROOT / "figures/results.json")).values():
+        for runs in kinds.values():
+            columns = [[run[key] for run in runs] for key in runs[0] if key != "gates"]
+            for column in [*columns, [[nats for _, nats, _ in run["gates"]] for run in runs]]:
+                numbers += [*np.ravel(column), *np.mean(column, 0)]
+    files = "curriculum.py", "toy/build.py", "docs/outputs.json", "figures/table.md"
+    for name in ("README.md", "docs/results.md"):
+        assert unfounded(read(ROOT / name), [read(ROOT / file) for file in files], numbers) == [], name
