@@ -27,7 +27,7 @@ import torch
 from common import check_models, evaluate, log_probs, sample, seed_of, token_log_probs, weighted_loss
 from plumbing.grading import grade
 from plumbing.models import load_student, refresh
-from plumbing.run import Run, mean_over_processes, parse, say
+from plumbing.run import Run, mean_over_processes, parse
 
 
 def clipped_surrogate(log_probs, old_log_probs, advantages, clip):
@@ -88,7 +88,6 @@ def main(args: Args):
     vocab_size, off_policy = run.tokens.vocab_size, args.updates_per_step > 1  # with one update q_old is q_θ
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, prompt_len=run.prompt_len)
     sampling |= dict(end_ids=run.tokens.end_ids, vocab_size=vocab_size, batch_size=args.rollout_batch_size or None)
-    idle = 0  # steps in a row that had nothing to learn from
 
     for step in run.steps():  # how many batches of rollouts have been used
         # (1) Evaluate and log where the student stands
@@ -105,12 +104,6 @@ def main(args: Args):
         rewards = torch.tensor(right).float().to(student.device)  # (B,)
         rewards = rewards * rollouts.ended if args.must_finish else rewards
         advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()  # (B,)
-        idle = 0 if advantages.any() else idle + 1
-        if idle == 10:
-            say(
-                "warning: for ten steps all responses to a prompt were worth the same, so nothing is learned: give "
-                "other problems, another --instruction, or a larger --group_size or --max_new_tokens"
-            )
         n_tokens = mean_over_processes(rollouts.mask.sum())  # gradients are averaged, and so become global means
         micros = list(rollouts.split(args.micro_batch_size))
         old = [token_log_probs(student, micro, vocab_size) if off_policy else None for micro in micros]

@@ -71,7 +71,7 @@ class Run:
         self.args, self.out = args, Path(args.out_dir)
         before = _read_args(args, steps_may_grow)
         self.step, self.row, self.memory = max(checkpoints(self.out), default=0), {"step": 0}, {}
-        self.logged = self.stop_asked = self.stopping = False
+        self.logged, self.stop_asked, self.stopping, self.idle = False, False, False, 0
         self.problems, columns, settings = load_problems(args.data, needs, args.columns)
         sets = args.eval_data, args.eval_problems, args.columns
         self.problem_sets = {} if args.eval_data == "none" else load_problem_sets(*sets, strict=False)
@@ -159,6 +159,12 @@ class Run:
         if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
             bad = f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
             refuse(f"{bad}: lower --lr or look at the teacher; {self.args.out_dir} keeps the last checkpoint")
+        self.idle = 0 if numbers["grad_norm"] else self.idle + 1
+        if self.idle == 10:
+            say(
+                "warning: the gradient was 0 for ten steps, so nothing is learned. Were all responses to a prompt worth"
+                " the same? Give other problems, another --instruction, a larger --group_size or --max_new_tokens"
+            )
         seconds = time.perf_counter() - self.began
         sums = len(rollouts.mask), rollouts.mask.sum(), rollouts.ended.sum(), flops
         n, tokens, ended, flops = (sum_over_processes(float(x)) for x in sums)
