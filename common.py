@@ -411,7 +411,8 @@ def respond(model, problems, tokens, n, seed, **sampling):
         found = zip(mine, rollouts.responses(), rollouts.ended.tolist(), rollouts.nats.tolist())
         for (i, j), ids, ended, nats in found:
             p, text = problems[i], tokens.decode(ids)
-            record = dict(problem=i, sample=j, prompt=p.question, answer=p.answer, level=p.level, response=text)
+            prompt = [*p.before, {"role": "user", "content": p.question}] if p.before else p.question
+            record = dict(problem=i, sample=j, prompt=prompt, answer=p.answer, level=p.level, response=text)
             right, marked = None if p.answer is None else grade(text, p.answer), find_answer(text) is not None
             record |= dict(response_ids=ids, correct=right, marked=marked, length=len(ids), ended=ended, nats=nats)
             records.append(record)

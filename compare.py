@@ -128,7 +128,7 @@ def read(path):
     rows = read_lines(f"{path}/log.jsonl")
     at = [row for row in rows if "avg_at_k" in row]
     if not at:
-        refuse(f"{path!r} has no log, or no evaluation in it yet")
+        refuse(f"{path!r} has no log with an evaluation in it: is it a run, and not one of --eval_data none?")
     run = {name: [float(f"{row.get(key, 0):.4g}") for row in at] for name, key in ({"step": "step"} | METRICS).items()}
     gates = [[row["train_len"], round(row["gate_entropy"], 4), row["gate_open"]] for row in rows if "gate_open" in row]
     return run | {"gates": gates}

@@ -61,10 +61,13 @@ def main(args: Args):
         refuse(f"cannot write --out_file {args.out_file!r} ({error}): name another file")
     if args.out_file and path.is_dir():
         refuse(f"cannot write --out_file {args.out_file!r}: it is a folder; name a file in it")
-    if args.out_file and path.exists():
+    if args.out_file and path.exists() and path.stat().st_size:
         known = read_lines(path)
-        if known and known[0].get("settings") != settings:
-            refuse(f"--out_file {args.out_file!r} holds responses that were made otherwise: name another file")
+        before = known[0].get("settings") if known and isinstance(known[0], dict) else None
+        if before != settings:
+            changes = [name for name in settings if before and before.get(name) != settings[name]]
+            what = f"responses made with another {', '.join(changes)}" if changes else "something else"
+            refuse(f"--out_file {args.out_file!r} holds {what}: name another file")
     if args.model == "none":
         sets = load_problem_sets(args.eval_data, 0, args.columns, needs="response")
         rows = [dict(set=name, **record) for name, problems in sets.items() for record in graded(problems)]
@@ -104,12 +107,13 @@ def main(args: Args):
 def graded(problems):
     """Responses that stand in the data -> records as common.respond makes them; rows of one question are samples of one
     problem. What takes a model to know, lengths and entropies, is left open (NaN)."""
-    numbers = {p.question: i for i, p in enumerate({p.question: p for p in problems}.values())}
-    for p in problems:
+    keys = [str([*p.before, p.question]) for p in problems]
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    for p, key in zip(problems, keys):
         if p.response is None:
             refuse(f"--model none grades texts, and the response to {p.question[:60]!r} is token ids")
         right = None if p.answer is None else grade(p.response, p.answer)
-        known = dict(problem=numbers[p.question], answer=p.answer, level=p.level, ended=p.ended, correct=right)
+        known = dict(problem=numbers[key], answer=p.answer, level=p.level, ended=p.ended, correct=right)
         yield known | dict(marked=find_answer(p.response) is not None, length=math.nan, nats=math.nan)
 
 

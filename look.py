@@ -2,7 +2,7 @@
 
     python look.py --student runs/opd/model                          in the terminal, and as a page: runs/look.html
     python look.py --student toy/base_student,runs/opd/model         before and after, on the same problems
-    python look.py --student runs/opd/model --prefixes teacher       the teacher's responses instead
+    python look.py --student runs/opd/model --prefixes teacher       the teacher's responses, and both KLs on them
 
 The colour is the reward of reverse KL's policy gradient (Proposition 1 (ii)): blue is what the teacher says more often
 than the student, orange what it says less often. The page opens in any browser, without a network. Point at a token, or
@@ -37,7 +37,7 @@ ANY_END = -1  # stands for all end tokens where they are merged
 class Args:
     student: str = "toy/student"  # checkpoint folder or hub name; two of them, A,B, are compared
     teacher: str = "toy/teacher"  # checkpoint folder or hub name
-    eval_data: str = "toy/eval.jsonl"  # problems with answers: a file, or name[:config[:split]]; several by commas
+    eval_data: str = "toy/eval.jsonl"  # problems: a file, or name[:config[:split]]; several by commas
     eval_problems: int = 4  # of each set, evenly spread; 0: all
     eval_max_new_tokens: int = 96  # tokens at which a response is cut
     eval_temperature: float = 1.0  # of the sampler; 0 is greedy
@@ -146,7 +146,7 @@ def main(args: Args):
     views, words, teacher = [], {}, None
     for path in paths:
         args.student = path
-        sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns)
+        sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns, needs="")
         tokens = load_tokens(args, [(*one, args.eval_max_new_tokens) for one in sets.items()])
         problems = [p for one in sets.values() for p in one]
         student, teacher = load_model(path, args.precision), teacher or load_model(args.teacher, args.precision)
@@ -156,7 +156,7 @@ def main(args: Args):
         rollouts = sample(speaker, prompts, tokens.end_ids, args.eval_max_new_tokens, **options)
         said = inspect(student, teacher, rollouts, tokens.end_ids, args.ends, tokens.vocab_size)
         for i, (ids, ended, numbers) in enumerate(zip(rollouts.responses(), rollouts.ended.tolist(), said)):
-            right = grade(tokens.decode(ids), problems[i].answer)
+            right = None if problems[i].answer is None else grade(tokens.decode(ids), problems[i].answer)
             view = dict(student=path, problem=i, right=right, ended=ended, tokens=numbers)
             views.append(view | dict(repeats=repeats([t["id"] for t in numbers])))
             names = {t["id"] for t in numbers} | {row[0] for t in numbers for row in t["top"]}
@@ -167,14 +167,17 @@ def main(args: Args):
     views.sort(key=lambda view: view["problem"])  # responses to one problem stand side by side
     for view in views:
         p, total = problems[view["problem"]], sum(t["ratio"] for t in view["tokens"])
-        verdict = f"{'right' if view['right'] else 'wrong'}, {'finished' if view['ended'] else 'cut'}"
+        verdict = {True: "right, ", False: "wrong, ", None: ""}[view["right"]]
+        verdict += "finished" if view["ended"] else "cut"
         verdict += f", {len(view['tokens'])} tokens, Σ {total:+.1f} nats"
         whose = f"{view['student']}\n" if len(paths) > 1 else ""
         print(f"\n{whose}{' '.join(p.question.split())[:45]}   ({verdict})\n{in_terminal(view['tokens'], words)}")
     print()
     for path in paths:
-        slips = [t["slips"] for view in views for t in view["tokens"] if view["student"] == path]
-        print(f"{sum(slips) / len(slips):.2%} of its probability is on tokens that the teacher gives under 1 %: {path}")
+        said = [t for view in views for t in view["tokens"] if view["student"] == path]
+        forward, reverse, slips = (sum(t[key] for t in said) / len(said) for key in ("forward", "reverse", "slips"))
+        kls = f"forward KL {forward:.3f} and reverse KL {reverse:.3f} nats a token"
+        print(f"{path}: {kls}; {slips:.2%} of its probability on tokens that the teacher gives under 1 %")
     asked = [dict(question=p.question, answer=p.answer, prompt=tokens.tokenizer.decode(p.prompt)) for p in problems]
     page = dict(teacher=args.teacher, students=paths, prefixes=args.prefixes, ends=args.ends, problems=asked)
     page |= dict(views=views, words=words, full=FULL, slip=SLIP, end_ids=[ANY_END, *tokens.end_ids])

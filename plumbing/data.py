@@ -23,12 +23,12 @@ class Problem:
     response: str | None = None  # a teacher's response, as text
     response_ids: list | None = None  # ... as token ids, which count if both are there
     ended: bool = True  # whether that response finishes
-    before: tuple[dict, ...] = ()  # turns before the question: a system turn, earlier questions and answers
+    before: list | tuple = ()  # turns before the question: a system turn, earlier questions and answers
     prompt: tuple[int, ...] = ()
 
 
 COLUMNS = {  # what may stand in which column; a.b is b in a column of dicts; the first one that is not empty is used
-    "question": ("messages", "prompt", "problem", "question"), "response": ("response", "completion"),
+    "question": ("messages", "conversations", "prompt", "problem", "question"), "response": ("response", "completion"),
     "answer": ("answer", "final_answer", "solution", "reward_model.ground_truth"),
 }  # fmt: skip
 
@@ -37,54 +37,54 @@ def load_problems(name, needs="", columns="", strict=True):
     """Read a dataset: a file, folder or glob that `datasets` knows, or `name[:config[:split]]` on the hub.
     -> [Problem], which column is what, and the settings that evaluate.py has written into the first row
 
-    needs: "answer" or "response": what every row should have. Rows without it, or without a question, are left out and
-    counted. columns: "question=NAME,answer=NAME,response=NAME", or some of them, where guessing fails. strict: a column
-    that the file does not have is refused."""
+    needs: "answer" or "response": what every row should have. Rows without it, and those that no prompt can be made of,
+    are left out and counted. columns: "question=NAME,answer=NAME,response=NAME", or some of them, where guessing fails.
+    strict: a column that the file does not have is refused."""
     rows = _rows(name)
     chosen, problems, left_out = _columns(name, rows, columns, strict), [], Counter()
-    for i, row in enumerate(rows, 1):
-        given = {what: _cell(row, column) for what, column in chosen.items()}
-        given |= {"response_ids": row.get("response_ids") or None}
+    for row in rows:
         try:
-            turns, response = _turns(given["question"]), None
-            if turns and turns[-1]["role"] == "assistant":
-                response = turns.pop()["content"]
-            if given["response"] is not None:
-                response = "".join(turn["content"] for turn in _turns(given["response"]))
-            if turns and turns[-1]["role"] not in ("user", "system"):
-                raise ValueError(
-                    f"the last turn is the {turns[-1]['role']}'s, and must be the user's or the assistant's"
-                )
-            if isinstance(given["answer"], (list, dict)):
-                raise ValueError("the answer must be a text or a number")
-            if not isinstance(given["response_ids"], (list, type(None))):
-                raise ValueError("response_ids must be a list of token ids")
-        except ValueError as error:
-            refuse(f"{name}, row {i}: {error}; found {json.dumps(given, default=str)[:200]}")
-        answer = clean_reference(given["answer"])
-        level, ended = row.get("level"), row.get("ended") is not False
-        level = None if level is None else str(level)
-        question = turns[-1]["content"].strip() if turns and turns[-1]["role"] == "user" else ""
-        p = Problem(question, answer, level, response, given["response_ids"], ended, tuple(turns[:-1]))
-        if not question:
-            left_out["a question"] += 1
-        elif needs == "answer" and (answer is None or not can_be_graded(answer)):
-            left_out["an answer that can be graded"] += 1
-        elif needs == "response" and not (p.response_ids or response):
-            left_out["a response"] += 1
-        else:
-            problems.append(p)
-    counts = ", ".join(f"{n} rows without {reason}" for reason, n in left_out.items())
+            problems.append(_problem(row, chosen, needs))
+        except ValueError as why:
+            left_out[str(why)] += 1
+    counts = ", ".join(f"{n} rows {why}" for why, n in left_out.items())
     if not problems:
         how = f": sample them by `python evaluate.py --model TEACHER --eval_data {name} --eval_k 1 --out_file FILE`"
         how = how if needs == "response" else ": without answers say --eval_data none" if needs == "answer" else ""
         refuse(f"{name}: no rows left in it ({counts or 'it is empty'}){how}")
     if counts:
         say(f"{name}: left out {counts}")
+    if chosen["answer"] and (n := sum(p.answer is None for p in problems)):
+        say(f"{name}: {n} answers are missing, or no number, word or LaTeX, and are not graded")
     latex = next((p.answer for p in problems if needs == "answer" and needs_math_verify(p.answer)), None)
     if latex is not None and importlib.util.find_spec("math_verify") is None:
         refuse(f"{name} has the answer {latex!r}, graded by math-verify: pip install math-verify")
     return problems, chosen, rows[0].get("settings") or {}
+
+
+def _problem(row, chosen, needs):
+    """A row as a Problem. ValueError says why it is left out."""
+    question, given, answer = (_cell(row, chosen[what]) for what in COLUMNS)
+    turns, response, ids = _turns(question), None, row.get("response_ids") or None
+    if turns and turns[-1]["role"] == "assistant":
+        response = turns.pop()["content"]
+    if given is not None:
+        response = "".join(turn["content"] for turn in _turns(given))
+    who = turns[-1]["role"] if turns else "system"
+    if who != "user":
+        raise ValueError("without a question" if who == "system" else f"where the {who} speaks last")
+    if isinstance(answer, (list, dict)):
+        raise ValueError("whose answer is no text or number")
+    if not isinstance(ids, (list, type(None))):
+        raise ValueError("whose response_ids are no list")
+    answer, level = clean_reference(answer), row.get("level")
+    answer = answer if answer is None or can_be_graded(answer) else None
+    if needs == "answer" and answer is None:
+        raise ValueError("without an answer that can be graded")
+    if needs == "response" and not (ids or response):
+        raise ValueError("without a response")
+    level, ended = None if level is None else str(level), row.get("ended") is not False
+    return Problem(turns[-1]["content"].strip(), answer, level, response, ids, ended, turns[:-1])
 
 
 def _cell(row, column):
@@ -96,9 +96,11 @@ def _cell(row, column):
 
 def _turns(value):
     """A text, which is the user's, or a conversation, a list of {"role", "content"}. -> the turns that say something"""
+    if isinstance(value, str) and re.match(r"\[\s*\{.{0,3}(role|content|from|value)\b", value):
+        raise ValueError("with a conversation written as one text (keep it in JSON)")
     turns = value if isinstance(value, list) else [] if value is None else [{"role": "user", "content": str(value)}]
     if isinstance(value, dict) or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
-        raise ValueError("needs a text, or a list of turns with a `role` and a text as `content`; one response a row")
+        raise ValueError("that are neither texts nor lists of turns with a `role` and a text as `content`")
     return [{"role": t.get("role"), "content": t["content"]} for t in turns if t["content"].strip()]
 
 
@@ -107,7 +109,7 @@ def _columns(name, rows, columns, strict):
     None where there is none"""
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            refuse(f"{name}, row {i}: needs an object with named columns, found {type(row).__name__}")
+            refuse(f'{name}, row {i}: needs columns, as in {{"question": "..."}}, and is a {type(row).__name__}')
     there = list(dict.fromkeys(key for row in rows for key in row))
     given = dict(part.partition("=")[::2] for part in columns.split(",") if part)
     filled = lambda column: any(_cell(row, column) not in (None, "", []) for row in rows)  # noqa: E731
@@ -142,18 +144,21 @@ def _rows(name):
     of numbers and texts."""
     path, where = Path(name), name
     try:
-        if KINDS.get(path.suffix[1:]) == "json" and "*" not in name:
+        if KINDS.get(path.suffix[1:].lower()) == "json" and "*" not in name:
             text, rows = path.read_text(encoding="utf-8-sig"), []
-            if path.suffix == ".json" and (whole := _json(text)) is not None:
+            if path.suffix.lower() == ".json" and (whole := _json(text)) is not None:
                 return whole if isinstance(whole, list) else whole["data"] if "data" in whole else [whole]
             for i, line in enumerate(text.split("\n"), 1):
                 where = f"{name}, line {i}"
                 if line.strip():
                     rows.append(json.loads(line))
             return rows
-        from datasets import load_dataset, load_from_disk
+        from datasets import disable_progress_bars, load_dataset, load_from_disk
 
-        kind = KINDS.get(re.sub(r"\.(gz|bz2|xz|zst)$", "", name).rpartition(".")[2])
+        disable_progress_bars()
+        kind = KINDS.get(re.sub(r"\.(gz|bz2|xz|zst)$", "", name.lower()).rpartition(".")[2])
+        if path.is_file() and not kind:
+            raise ValueError(f"files of kind {path.suffix!r} are not read")
         if kind:  # one file, or many by a pattern
             options = dict(keep_default_na=False, sep="\t" if ".tsv" in path.name else ",") if kind == "csv" else {}
             return list(load_dataset(kind, data_files=name, split="train", **options))

@@ -71,7 +71,7 @@ def clean_reference(value):
 def can_be_graded(answer):
     """Whether a reference is an answer, and no sentence, such as a solution without a box -> bool"""
     text = re.sub(_FONT + r"|\\[A-Za-z]+", " ", answer)
-    return not needs_math_verify(answer) or len(re.findall(r"[A-Za-z]{2,}", text)) < 3
+    return len(re.findall(r"[A-Za-z]{2,}", text)) < (3 if needs_math_verify(answer) else 5)
 
 
 def needs_math_verify(answer):

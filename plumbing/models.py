@@ -103,7 +103,7 @@ def load_tokens(args, problem_sets):
         _leave_out(name, problems, why, lambda p: len(p.prompt) + new > room)
         unknown = [p.prompt.count(asker.unk_token_id) / len(p.prompt) for p in problems] if asker.unk_token else [0.0]
         if (share := sum(unknown) / len(unknown)) > 0.05:  # a model would learn nothing, without complaint
-            example = problems[unknown.index(max(unknown))].question[:60]
+            example = asker.decode(problems[unknown.index(max(unknown))].prompt)[:60]
             refuse(
                 f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {asker.name_or_path!r}, as in "
                 f"{example!r}: models and data do not belong together"

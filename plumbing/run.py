@@ -52,10 +52,14 @@ class Batch:
 def start():
     """What every program does first: join other processes, and keep libraries quiet."""
     start_processes()
-    signal.signal(signal.SIGINT, lambda *_: refuse("stopped; the same command goes on from what has been written"))
+    signal.signal(signal.SIGINT, stop_now)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def stop_now(*_):
+    refuse("stopped; the same command goes on from what has been written, if anything has")
 
 
 class Run:
@@ -124,7 +128,7 @@ class Run:
     def _ask_to_stop(self, number, _):
         """Ask the run to stop after the step under way; a second signal stops it at once."""
         self.stop_asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, stop_now if number == signal.SIGINT else signal.SIG_DFL)
         say("stopping: the step under way is finished and saved first; once more stops at once")
 
     def steps(self):

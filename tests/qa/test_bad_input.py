@@ -40,6 +40,7 @@ def put(path, content):
 
 data = lambda name, content, argument="data": {argument: lambda folder, world: put(folder / name, content)}
 second_row = lambda row, argument="data": data("rows.jsonl", [ROW, row], argument)
+only = lambda row, argument="data": data("rows.jsonl", [row, row], argument)
 
 
 def changed(role, *edits):
@@ -97,22 +98,23 @@ BEFORE_MODELS = {
     "no data file": (dict(data="nowhere.jsonl"), "cannot load 'nowhere.jsonl'", "No such file"),
     "empty file": (data("a.jsonl", "\n\n"), "a.jsonl: no rows left", "it is empty"),
     "not JSON": (data("a.jsonl", '{"question": "a"}\n{"question": \n'), "a.jsonl, line 2'", "JSONDecodeError"),
-    "JSON without columns": (data("a.jsonl", '{"question": "a"}\n["b"]\n'), "row 2", "object", "list"),
+    "JSON without columns": (data("a.jsonl", '{"question": "a"}\n["b"]\n'), "row 2", "needs columns", "is a list"),
     "damaged parquet": (data("a.parquet", b"PAR1 not really"), "cannot load", "a.parquet"),
     "unknown kind of file": (data("a.xlsx", b"PK"), "cannot load", "a.xlsx", ".jsonl"),
     "not on the hub": (dict(data="no-such-organisation/no-such-data"), "'no-such-organisation/no-such-data'", "hub"),
-    "wrong columns": (data("a.jsonl", [{"text": "a", "label": 1}]), "the columns messages, prompt", "text, label"),
+    "wrong columns": (data("a.jsonl", [{"text": "a", "label": 1}]), "the columns messages, conv", "text, label"),
     "a column that is not there": (dict(columns="question=task"), "--columns question=task", "question, answer"),
     "a column of no meaning": (dict(columns="level=answer"), "--columns level=answer", "question/response/answer"),
-    "a turn without content": (second_row({"question": [{"role": "user"}]}, "eval_data"), "row 2: needs a text, or"),
-    "a turn of a tool": (second_row({"question": [SYSTEM, TOOL]}), "row 2: the last turn is the tool's"),
+    "a turn without content": (only({"question": [{"role": "user"}]}, "eval_data"), "2 rows that are neither texts"),
+    "a turn of a tool": (only({"question": [SYSTEM, TOOL]}), "2 rows where the tool speaks last"),
+    "a conversation as one text": (only({"prompt": "[{'role': 'user'}]"}), "2 rows with a conversation written as one"),
     "no conversation that asks": (data("a.jsonl", [{"messages": [SYSTEM]}]), "1 rows without a question"),
     "another script's run": (another_script, "holds a run of dagger_onpolicy.py", "another directory"),
     "nothing to evaluate by": (data("a.jsonl", [{"question": "a"}], "eval_data"), "no rows left", "--eval_data none"),
     "no row with a question": (data("a.jsonl", [{"question": " "}]), "a.jsonl: no rows left", "1 rows without a que"),
-    "list for an answer": (second_row(ROW | {"answer": [1]}, "eval_data"), "row 2: the answer must be", "[1]"),
-    "list for a response": (second_row(ROW | {"response": [1]}), "row 2: needs", "one response a row", "[1]"),
-    "text for response_ids": (second_row(ROW | {"response_ids": "1 2"}), "row 2: response_ids must be a list"),
+    "list for an answer": (only(ROW | {"answer": [1]}, "eval_data"), "2 rows whose answer is no text or number"),
+    "list for a response": (only(ROW | {"response": [1]}), "2 rows that are neither texts nor lists of turns"),
+    "text for response_ids": (only(ROW | {"response_ids": "1 2"}), "2 rows whose response_ids are no list"),
     "ids of another vocabulary": (second_row(ROW | {"response_ids": [5, 303]}), "no ids below 303", "1+1"),
     "half a character": (second_row({"question": "broken \ud83d emoji"}), "broken"),
     "prompts longer than the context": (data("a.jsonl", [{"question": "why " * 600}]), "context of 512", "to be added"),

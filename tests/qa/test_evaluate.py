@@ -78,11 +78,34 @@ def test_a_teachers_responses_are_data_as_they_stand_and_a_kill_costs_none(world
         run("sft_offpolicy", **quick | more, out_dir=tmp_path / f"run{len(names)}")
         assert re.findall(r"warning: the responses in .* were made with (\S+)", capsys.readouterr().out) == names
     for more in (dict(eval_temperature=0.5), dict(instruction="Now."), dict(eval_problems=3), dict(eval_k=1)):
-        with pytest.raises(SystemExit, match="made otherwise: name another file"):
+        with pytest.raises(
+            SystemExit, match="with another (temperature|instruction|eval_problems|n): name another file"
+        ):
             run("evaluate", **ask | more, out_file=whole)
+    for bad in (prompts, write_jsonl(tmp_path / "list.json", [[1, 2]])):
+        with pytest.raises(SystemExit, match="holds something else: name another file"):
+            run("evaluate", **ask, out_file=bad)
     for place, says in ((tmp_path, "is a folder"), (tmp_path / "prompts.jsonl/a", "name another file")):
         with pytest.raises(SystemExit, match=says):
             run("evaluate", **ask, out_file=place)
+
+
+def test_a_conversation_and_its_response_become_the_same_prompt_again(world, tmp_path, capsys):
+    """... with its system turn and what was said before. Answers that are sentences are counted, and not graded."""
+    said = [dict(role="system", content="Add."), dict(role="user", content="1+1?"), dict(role="assistant", content="2")]
+    rows = [dict(messages=[*said, dict(role="user", content=f"And {i}+1?")], answer="It is three, as one and two are three.") for i in (2, 3)]
+    ask = dict(eval_data=write_jsonl(tmp_path / "a.jsonl", rows), eval_k=1, eval_max_new_tokens=6)
+    file = str(tmp_path / "b.jsonl")
+    printed, table = evaluated(capsys, model=world["teacher"], **ask, out_file=file)
+    assert "2 answers are missing, or no number, word or LaTeX" in printed and table[0][2] == "no answers"
+    before, after = (load_problems(path)[0] for path in (ask["eval_data"], file))
+    assert [(p.question, [*p.before]) for p in before] == [(p.question, [*p.before]) for p in after]
+    same = [
+        dict(row, messages=[*row["messages"][:i], row["messages"][3]], response="#### 1")
+        for i in (0, 3)
+        for row in rows[:1]
+    ]
+    assert evaluated(capsys, model="none", eval_data=write_jsonl(tmp_path / "c.jsonl", same))[1][0][1] == "2"
 
 
 def test_responses_that_stand_in_the_file_are_graded_without_a_model(tmp_path, capsys):

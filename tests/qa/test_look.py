@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, arguments_of, run
+from conftest import ROOT, arguments_of, run, write_jsonl
 
 import common
 import look
@@ -91,6 +91,10 @@ def test_two_checkpoints_stand_side_by_side(prefixes, sign, world, tmp_path, mon
     if prefixes == "teacher":
         ids = [[t["id"] for t in view["tokens"]] for view in data["views"]]
         assert ids[::2] == ids[1::2], "the same responses, scored by either student"
+    assert len(re.findall(r"forward KL [\d.]+ and reverse KL [\d.]+ nats a token; [\d.]+% of its prob", said)) == 2
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"question": "Why?"}])
+    run("look", **arguments | dict(eval_data=asked), page=page)
+    assert "Why?   (cut," in capsys.readouterr().out or "Why?   (finished," in capsys.readouterr().out, "no verdict"
     with pytest.raises(SystemExit, match="cannot write --page"):
         run("look", **arguments, page=tmp_path)
     monkeypatch.setattr(look, "is_main", lambda: False)

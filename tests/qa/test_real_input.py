@@ -34,6 +34,7 @@ def test_published_data_in_files_of_every_kind_and_from_the_hub(row, answer, tmp
     lines = Path(write_jsonl(tmp_path / "a.jsonl", [row, row])).read_bytes()
     put("lines.json", b"\xef\xbb\xbf" + lines)
     put("a.ndjson", lines)
+    put("A.JSONL", lines)
     put("a.jsonl.gz", gzip.compress(lines))
     put("list.json", json.dumps([row, row], indent=1).encode())
     put("data.json", json.dumps({"version": 1, "data": [row, row]}, indent=1).encode())
@@ -47,7 +48,7 @@ def test_published_data_in_files_of_every_kind_and_from_the_hub(row, answer, tmp
     hub = lambda path, *more, **options: asked.append((path, *more, *options.values())) or [row, row]
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **o: (load if "data_files" in o else hub)(*a, **o))
     local = [path for path in tmp_path.iterdir() if not path.name.startswith("part")]
-    assert len(local) == 11
+    assert len(local) == 12
     local += [tmp_path / "part-*.jsonl", f"{tmp_path}/splits::train"]
     for wrong in ("saved:test", "saved::test", "splits:train"):
         with pytest.raises(SystemExit, match="FOLDER::SPLIT"):
@@ -94,13 +95,16 @@ def test_columns_can_be_named_and_rows_without_what_is_needed_are_counted(tmp_pa
     rows += [
         {"task": " ", "answer": 1},
         {"task": "t", "answer": "The answer is 5."},
+        {"task": "t", "answer": "so the sky is blue"},
         {"task": "t", "answer": "all real numbers"},
+        {"task": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": None}], "answer": 1},
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     problems, columns, _ = load_problems(path, needs="answer", columns="question=task,response=said")
     assert [(p.question, p.answer, p.response) for p in problems[:2]] == [("t", "1", "s"), ("t", "0", "s")]
     assert columns["question"] == "task" and problems[2].answer == "all real numbers" and len(problems) == 3
-    assert "left out 4 rows without an answer that can be graded, 1 rows without a question" in capsys.readouterr().out
+    says = "left out 5 rows without an answer that can be graded, 1 rows without a question, 1 rows that are neither"
+    assert says in capsys.readouterr().out
     assert [p.question for p in load_problems(path)[0]] == ["p"] * 5, "one column for the whole file"
     train = write_jsonl(tmp_path / "named.jsonl", [{"task": 5, "answer": 1}])
     assert load_problem_sets(path, 0, "question=task", strict=False)[path][0].question == "t", "where it is there"
