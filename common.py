@@ -1,6 +1,6 @@
-"""KL math, the loss, sampling, evaluation: with one script, all that a reader needs. Read it from the top.
+"""KL math, the loss, sampling, evaluation: what a reader needs beside a script. Read it from the top.
 
-Nothing here knows a method. A method is two choices that stand in its own script: whose prefixes, and which KL.
+A method is two choices that stand in its own script, whose prefixes and which KL. Nothing here makes them.
 
 B sequences of T tokens, prompts of P, responses of at most R, N response tokens in all, n in a chunk; H hidden size, V
 vocabulary size. q is the student, p the frozen teacher; arguments come in this order, although forward KL is KL(p‖q).
@@ -50,14 +50,14 @@ def kl(a_logits, b_logits):
 
 
 def sampled_forward_kl(student_logits, teacher_logits):
-    """Forward KL from one token y ~ p. Its gradient, −∇ log q(y), is that of SFT: Proposition 1 (i)."""
+    """Forward KL from one fresh token y ~ p. Its gradient, −∇ log q(y), is that of SFT: Proposition 1 (i)."""
     log_q, log_p = log_probs(student_logits), log_probs(teacher_logits.detach())
     y = draw(log_p.exp())
     return (log_p.gather(-1, y) - log_q.gather(-1, y))[..., 0]
 
 
 def sampled_reverse_kl(student_logits, teacher_logits):
-    """Reverse KL from one token y ~ q. Its gradient, −reward · ∇ log q(y), is a policy gradient: Proposition 1 (ii)."""
+    """Reverse KL from one fresh token y ~ q. Its gradient, −reward · ∇ log q(y), is a policy's: Proposition 1 (ii)."""
     log_q, log_p = log_probs(student_logits), log_probs(teacher_logits.detach())
     y = draw(log_q.detach().exp())
     log_q, log_p = log_q.gather(-1, y)[..., 0], log_p.gather(-1, y)[..., 0]
@@ -224,8 +224,8 @@ def weighted_loss(token_loss, model, batch, token_weights, vocab_size=None, chun
 
 class _InChunks(torch.autograd.Function):
     """LM head and token loss for some tokens at a time: N × V logits would be gigabytes. `forward` makes the gradients,
-    too, chunk by chunk, and frees the logits; `backward` only scales them. In logit space they are Proposition 1: for
-    forward KL q − p, for reverse KL q · (log q/p − KL). The head's are added up in fp32."""
+    too, chunk by chunk, and frees the logits; `backward` only scales them. In logit space they are q − p for forward
+    KL, and q · (log q/p − KL) for reverse KL. The head's are added up in fp32."""
 
     @staticmethod
     def forward(ctx, model, token_loss, weights, vocab_size, chunk, hidden, weight, *bias):

@@ -66,8 +66,8 @@ def plan(world, out, seed):
 
 
 CLAIMS = [  # what, the sign that it gives an effect, the effect: a metric in these kinds of run, minus it in those
-    ("Reverse KL solves more than forward KL", +1, "solved", "opd", "dagger"),
-    ("Reverse KL has less entropy", -1, "entropy", "opd", "dagger"),
+    ("On student prefixes reverse KL solves more", +1, "solved", "opd", "dagger"),
+    ("On student prefixes reverse KL has less entropy", -1, "entropy", "opd", "dagger"),
     ("Student prefixes solve more at equal steps", +1, "solved", "dagger", "sft"),
     ("Teacher prefixes solve more at equal FLOPs", +1, "solved at equal FLOPs", "sft", "dagger"),
     ("Long reverse KL finishes less often than short", -1, "finished", "base-opd", "base-opd-8"),
@@ -78,12 +78,12 @@ CLAIMS = [  # what, the sign that it gives an effect, the effect: a metric in th
     ("With merged end tokens reverse KL is more useful", +1, "useful", "base-opd-merged", "base-opd"),
 ]
 FIGURES = {  # file: its message, what is drawn over steps, of which kinds of run
-    "direction": ("Reverse KL solves more, and is less uncertain", "solved entropy", "sft offline_rl dagger opd"),
+    "direction": ("On student prefixes reverse KL solves more", "solved entropy", "sft offline_rl dagger opd"),
     "ending": ("A base student under reverse KL learns to solve, and forgets to finish",
                "solved finished length", "base-sft base-offline_rl base-dagger base-opd"),
     "useful": ("Four ways to keep the base student useful", "useful entropy",
                "base-opd base-opd-8 base-kl_mix-0.2 base-curriculum base-opd-merged"),
-    "rl": ("A reward for answers that finish repairs the loop", "solved useful length",
+    "rl": ("A reward for answers that finish ends the loop", "solved useful length",
            "grpo-base-opd grpo-base-opd-must_finish grpo-base-dagger"),
 }  # fmt: skip
 METRICS = {  # the names of the texts, and of log.jsonl

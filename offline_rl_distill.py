@@ -39,7 +39,7 @@ class Args:  # what stands behind each argument is its --help text
     temperature: float = 1.0  # of the student's rollouts; the loss compares at T = 1
     top_p: float = 1.0  # of the student's rollouts: nucleus of this probability; 1 is off
     top_k: int = 0  # of the student's rollouts: only so many most likely tokens; 0 is off
-    estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one token per prefix: Proposition 1
+    estimator: Literal["exact", "sampled"] = "exact"  # sum over the vocabulary, or one fresh token per prefix
     ends: Literal["apart", "as_one"] = "apart"  # as_one: all end tokens are one action in the comparison
     lr: float = 3e-4  # AdamW's learning rate, constant after the warm-up
     warmup_steps: int = 8  # updates over which lr rises from 0

@@ -93,7 +93,8 @@ def test_a_teachers_responses_are_data_as_they_stand_and_a_kill_costs_none(world
 def test_a_conversation_and_its_response_become_the_same_prompt_again(world, tmp_path, capsys):
     """... with its system turn and what was said before. Answers that are sentences are counted, and not graded."""
     said = [dict(role="system", content="Add."), dict(role="user", content="1+1?"), dict(role="assistant", content="2")]
-    rows = [dict(messages=[*said, dict(role="user", content=f"And {i}+1?")], answer="It is three, as one and two are three.") for i in (2, 3)]
+    ask = lambda i: [*said, dict(role="user", content=f"And {i}+1?")]
+    rows = [dict(messages=ask(i), answer="It is three, as one and two are three.") for i in (2, 3)]
     ask = dict(eval_data=write_jsonl(tmp_path / "a.jsonl", rows), eval_k=1, eval_max_new_tokens=6)
     file = str(tmp_path / "b.jsonl")
     printed, table = evaluated(capsys, model=world["teacher"], **ask, out_file=file)
