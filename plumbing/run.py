@@ -73,7 +73,7 @@ class Run:
         start()
         check_args(args)
         self.args, self.out = args, Path(args.out_dir)
-        before = _read_args(args, steps_may_grow)
+        before = self.before = _read_args(args, steps_may_grow)
         self.step, self.row, self.memory = max(checkpoints(self.out), default=0), {"step": 0}, {}
         self.logged, self.stop_asked, self.stopping, self.idle = False, False, False, 0
         self.problems, columns, settings = load_problems(args.data, needs, args.columns)
@@ -112,6 +112,8 @@ class Run:
         self.logged = any(row["step"] == self.step for row in rows)
         barrier()
         if is_main():  # only now: a run that was refused leaves nothing behind
+            if not self.before and (self.out / "args.json").exists():
+                refuse(f"another run has begun in --out_dir {self.args.out_dir!r}: choose another directory")
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(self.out / "model", ignore_errors=True)  # of a run that now gets longer

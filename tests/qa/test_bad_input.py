@@ -243,6 +243,14 @@ def stopped(world, tmp_path, monkeypatch):
     return arguments
 
 
+def test_of_two_runs_that_begin_in_one_directory_the_second_is_refused(world, tmp_path, monkeypatch):
+    """... also where both have found it empty, and are loading their models."""
+    arguments = world | dict(out_dir=str(tmp_path / "run"), eval_data="none")
+    monkeypatch.setattr(opd, "check_models", lambda *models: run("dagger_onpolicy", **arguments))
+    assert "another run has begun in --out_dir" in refusal("opd", arguments)
+    assert "dagger_onpolicy" in (tmp_path / "run/args.json").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "changes, file, damage, says",
     [
