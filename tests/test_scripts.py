@@ -238,8 +238,8 @@ def test_evaluate_makes_the_responses_that_training_asks_for(world, tmp_path, mo
     command = re.search(r"`python evaluate.py (.*?)`", refused.value.code)[1].replace("TEACHER", world["teacher"])
 
     def make(name, *more):
-        words = command.replace("FILE", str(tmp_path / name)).split()
-        evaluate.main(parse(evaluate.Args, [*words, "--eval_max_new_tokens", "6", "--eval_batch_size", "2", *more]))
+        words = [*command.replace("FILE", str(tmp_path / name)).split(), "--eval_max_new_tokens", "6"]
+        evaluate.main(parse(evaluate.Args, [*words, "--eval_batch_size", "2", *more]))
         return (tmp_path / name).read_bytes()
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -248,9 +248,9 @@ def test_evaluate_makes_the_responses_that_training_asks_for(world, tmp_path, mo
         make("cut.jsonl")
     assert make("cut.jsonl") == make("whole.jsonl") == make("whole.jsonl")
     other = write_jsonl(tmp_path / "other.jsonl", [{"question": "What?"}] * 7)
-    for more in (["--seed", "1"], ["--instruction", "Box it."], ["--eval_k", "2"], ["--eval_data", other]):
-        with pytest.raises(SystemExit, match="made with another (seed|instruction|n|eval_data): "):
-            make("whole.jsonl", *more)
+    for name, value in dict(seed=1, instruction="Box it.", eval_k=2, eval_temperature=0.5, eval_data=other).items():
+        with pytest.raises(SystemExit, match="made with another (seed|instruction|n|temperature|eval_data): "):
+            make("whole.jsonl", f"--{name}", str(value))
     capsys.readouterr()
     for more, warnings in ((dict(seed=1, max_new_tokens=5), 0), (dict(instruction="Box it."), 1)):
         more |= dict(data=tmp_path / "whole.jsonl", eval_data="none", out_dir=tmp_path / f"run-{warnings}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -14,7 +13,6 @@ from conftest import arguments_of, argv, draw_curves, read_log, run, write_jsonl
 
 import common
 import compare
-import evaluate
 import opd
 import plumbing.run
 import toy.build
@@ -54,38 +52,24 @@ def test_evaluate_gives_the_numbers_of_the_training_log_and_curves_show_them(wor
     assert ids[0] == ids[1] and len(ids[0]) == 3
 
 
-def test_a_teachers_responses_are_data_as_they_stand_and_a_kill_costs_none(world, tmp_path, monkeypatch, capsys):
-    """Prompts without answers get responses and no grades. What would be made otherwise does not go on in a file."""
+def test_prompts_without_answers_get_responses_and_no_grades_and_no_file_is_overwritten(world, tmp_path, capsys):
+    """A prompt's draws do not depend on the file's name. (That a kill costs nothing: tests/test_scripts.py.)"""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i} words."} for i in range(5)])
     ask = dict(model=world["teacher"], eval_data=prompts, eval_k=2, eval_max_new_tokens=6, eval_batch_size=4)
-    whole, killed = str(tmp_path / "whole.jsonl"), str(tmp_path / "killed.jsonl")
+    whole, other = str(tmp_path / "whole.jsonl"), str(tmp_path / "new/other.jsonl")
     table = evaluated(capsys, **ask, out_file=whole)[1]
     assert [table[0][i] for i in (1, 2, 3, 5)] == ["5", "no answers", "no answers", "no answers"]
-    with monkeypatch.context() as patch, pytest.raises(StopIteration):
-        parts = iter([common.respond] * 2)  # of two problems each, and then it is killed
-        patch.setattr(evaluate, "respond", lambda *args, **more: next(parts)(*args, **more))
-        run("evaluate", **ask, out_file=killed)
-    assert len(read_lines(killed)) == 8
-    assert evaluated(capsys, **ask, out_file=killed)[1] == table and read_lines(killed) == read_lines(whole)
     rows, problems = read_lines(whole), load_problems(whole, needs="response")[0]
-    renamed, other = shutil.copy(prompts, tmp_path / "renamed.jsonl"), str(tmp_path / "new/other.jsonl")
-    run("evaluate", **ask | dict(eval_data=renamed), out_file=other)
-    assert [row["response_ids"] for row in read_lines(other)] == [row["response_ids"] for row in rows], "by any name"
+    run("evaluate", **ask | dict(eval_data=shutil.copy(prompts, tmp_path / "renamed.jsonl")), out_file=other)
+    assert [row["response_ids"] for row in read_lines(other)] == [row["response_ids"] for row in rows]
     assert [p.response_ids for p in problems] == [row["response_ids"] for row in rows]
     assert [row["problem"] for row in rows] == sorted([*range(5)] * 2) and {row["correct"] for row in rows} == {None}
-    for more, names in (({}, []), (dict(instruction="Now.", thinking=True), ["--instruction", "--thinking"])):
-        quick = world | dict(data=whole, eval_data="none", steps=1, seed=3, max_new_tokens=2)  # which may differ
-        run("sft_offpolicy", **quick | more, out_dir=tmp_path / f"run{len(names)}")
-        assert re.findall(r"warning: the responses in .* were made with (\S+)", capsys.readouterr().out) == names
-    for more in (dict(eval_temperature=0.5), dict(instruction="Now."), dict(eval_problems=3), dict(eval_k=1)):
-        with pytest.raises(
-            SystemExit, match="with another (temperature|instruction|eval_problems|n): name another file"
-        ):
-            run("evaluate", **ask | more, out_file=whole)
-    for bad in (prompts, write_jsonl(tmp_path / "list.json", [[1, 2]])):
-        with pytest.raises(SystemExit, match="holds something else: name another file"):
-            run("evaluate", **ask, out_file=bad)
-    for place, says in ((tmp_path, "is a folder"), (tmp_path / "prompts.jsonl/a", "name another file")):
+    for place, says in (
+        (prompts, "holds something else: name another file"),
+        (write_jsonl(tmp_path / "list.json", [[1, 2]]), "holds something else"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "prompts.jsonl/a", "name another file"),
+    ):
         with pytest.raises(SystemExit, match=says):
             run("evaluate", **ask, out_file=place)
 
