@@ -55,7 +55,7 @@ def main():
         plt.Rectangle((0, 0), 1, 1, facecolor="none", edgecolor=ORANGE, linewidth=3),
         plt.Line2D([], [], color="black", marker="^", linewidth=3),
     ]
-    labels = ["teacher, p", "student, q", "how a step pushes the student's logit"]
+    labels = ["teacher, p", "student, q", "push of a step on the student's logit (not where q will be)"]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(Path(__file__).with_name("axes.png"), dpi=80, facecolor="white")
 
@@ -71,7 +71,7 @@ def bars_and_arrows(axis, kl, all_p, all_q):
             arrow = dict(arrowstyle="-|>,head_width=0.4,head_length=0.6", linewidth=3, color="black")
             axis.annotate("", (x, q + push), (x, q), arrowprops=arrow | dict(shrinkA=0, shrinkB=0))
     axis.set_xticks(range(len(TOKENS)), TOKENS, family="monospace")
-    axis.set(ylim=(-0.15, 0.8), yticks=[0, 0.5])
+    axis.set(ylim=(-0.15, 0.8), yticks=[0, 0.5], ylabel="probability")
 
 
 if __name__ == "__main__":
