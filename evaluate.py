@@ -62,12 +62,12 @@ def main(args: Args):
     if args.out_file and path.is_dir():
         refuse(f"cannot write --out_file {args.out_file!r}: it is a folder; name a file in it")
     if args.out_file and path.exists() and path.stat().st_size:
+        if not path.read_bytes().startswith(b'{"set": '):
+            refuse(f"--out_file {args.out_file!r} holds something else than responses: name another file")
         known = read_lines(path)
-        before = known[0].get("settings") if known and isinstance(known[0], dict) else None
-        if before != settings:
-            changes = [name for name in settings if before and before.get(name) != settings[name]]
-            what = f"responses made with another {', '.join(changes)}" if changes else "something else"
-            refuse(f"--out_file {args.out_file!r} holds {what}: name another file")
+        before = known[0].get("settings", {}) if known else settings
+        if changes := [name for name in settings if before.get(name) != settings[name]]:
+            refuse(f"--out_file {args.out_file!r} holds responses made with another {', '.join(changes)}: name another")
     if args.model == "none":
         sets = load_problem_sets(args.eval_data, 0, args.columns, needs="response")
         rows = [dict(set=name, **record) for name, problems in sets.items() for record in graded(problems)]

@@ -60,12 +60,15 @@ def test_prompts_without_answers_get_responses_and_no_grades_and_no_file_is_over
     table = evaluated(capsys, **ask, out_file=whole)[1]
     assert [table[0][i] for i in (1, 2, 3, 5)] == ["5", "no answers", "no answers", "no answers"]
     rows, problems = read_lines(whole), load_problems(whole, needs="response")[0]
+    begun = tmp_path / "begun.jsonl"
+    begun.write_bytes(Path(whole).read_bytes()[:30])  # a kill in the middle of the first row
+    assert evaluated(capsys, **ask, out_file=begun)[1] == table and read_lines(begun) == rows
     run("evaluate", **ask | dict(eval_data=shutil.copy(prompts, tmp_path / "renamed.jsonl")), out_file=other)
     assert [row["response_ids"] for row in read_lines(other)] == [row["response_ids"] for row in rows]
     assert [p.response_ids for p in problems] == [row["response_ids"] for row in rows]
     assert [row["problem"] for row in rows] == sorted([*range(5)] * 2) and {row["correct"] for row in rows} == {None}
     for place, says in (
-        (prompts, "holds something else: name another file"),
+        (prompts, "holds something else than responses: name another"),
         (write_jsonl(tmp_path / "list.json", [[1, 2]]), "holds something else"),
         (tmp_path, "is a folder"),
         (tmp_path / "prompts.jsonl/a", "name another file"),
