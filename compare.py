@@ -3,19 +3,20 @@
     python compare.py                                # the findings: 20 kinds of run, five seeds, two more worlds
     python compare.py runs/opd runs/sft_offpolicy    # overlay these: runs/together/overlay.png and table.md
 
-Finished runs are not repeated, stopped ones go on. A world is a folder of toy/build.py; a missing one is built, with
-the seed behind the dash of its name. CLAIMS was written before its seeds were run. *Reproduced* means that the 95 %
-interval of an effect over the first world's seeds excludes 0, and that all other worlds have its sign.
+Finished runs are not repeated. A missing world is built, with the seed that its name ends in. *Reproduced* means that
+the 95 % interval of an effect over the first world's seeds excludes 0, and that all other worlds have its sign.
 """
 
 import importlib
 import json
-import multiprocessing
 import os
+import re
 import shlex
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -38,8 +39,7 @@ class Args:
 def plan(world, out, seed):
     """{kind: its command line, without --out_dir, which is out/kind-seed-N}"""
     files = f"--data {world}/train.jsonl --eval_data {world}/eval.jsonl --seed {seed} --save_every 1000000"
-    chat = f"--teacher {world}/teacher --student {world}/student {files}"
-    base = f"--teacher {world}/teacher --student {world}/base_student {files}"
+    chat, base = (f"--teacher {world}/teacher --student {world}/{name} {files}" for name in ("student", "base_student"))
     after = lambda kind: f"grpo.py --student {out}/{kind}-seed-{seed}/model {files}"
     return {
         "sft": f"sft_offpolicy.py {chat}",
@@ -65,7 +65,7 @@ def plan(world, out, seed):
     }
 
 
-CLAIMS = [  # what, the sign that it gives an effect, the effect: a metric in these kinds of run, minus it in those
+CLAIMS = [  # from before the runs: what, its sign, the effect: a metric in these kinds of run, minus it in those
     ("On student prefixes reverse KL solves more", +1, "solved", "opd", "dagger"),
     ("On student prefixes reverse KL has less entropy", -1, "entropy", "opd", "dagger"),
     ("Student prefixes solve more at equal steps", +1, "solved", "dagger", "sft"),
@@ -109,16 +109,18 @@ def run_all(args):
     dirs, waves = {}, ([], [], [])  # worlds, runs, runs that start from what others have trained
     for i, world in enumerate(args.worlds.split(",")):
         if not os.path.exists(f"{world}/train.jsonl"):
-            waves[0].append(f"toy/build.py --out {shlex.quote(world)} --seed {world.rpartition('-')[2]}")
+            world_seed = re.search(r"\d*$", world)[0] or refuse(f"--worlds: no {world!r}, and no seed to build it by")
+            waves[0].append(f"toy/build.py --out {shlex.quote(world)} --seed {world_seed}")
         found, out = dirs.setdefault(Path(world).name, {}), f"{args.out_dir}/{Path(world).name}"
         for seed in range(1 if i else args.seeds):
             for kind, command in plan(*map(shlex.quote, (world, out)), seed).items():
                 found.setdefault(kind, []).append(f"{out}/{kind}-seed-{seed}")
                 waves[1 + kind.startswith("grpo")].append(f"{command} --out_dir {shlex.quote(found[kind][-1])}")
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:  # torch's threads do not survive a fork
         for what, wave in zip(("worlds", "runs", "runs after them"), waves):
-            for trouble in tqdm(pool.imap_unordered(run_one, wave), what, len(wave), disable=not wave):
+            for trouble in tqdm(pool.map(run_one, wave), what, len(wave), disable=not wave):
                 if trouble:
+                    pool.shutdown(cancel_futures=True)
                     refuse(trouble)
     return dirs
 
@@ -126,9 +128,7 @@ def run_all(args):
 def read(path):
     """A run -> {"step": [...], metric: [...] at its evaluations, "gates": [[length, H_m in nats, open], ...]}"""
     rows = read_lines(f"{path}/log.jsonl")
-    at = [row for row in rows if "avg_at_k" in row]
-    if not at:
-        refuse(f"{path!r} has no log with an evaluation in it: is it a run, and not one of --eval_data none?")
+    at = [row for row in rows if "avg_at_k" in row] or refuse(f"{path!r} has no log, or no evaluations in it")
     run = {name: [float(f"{row.get(key, 0):.4g}") for row in at] for name, key in ({"step": "step"} | METRICS).items()}
     gates = [[row["train_len"], round(row["gate_entropy"], 4), row["gate_open"]] for row in rows if "gate_open" in row]
     return run | {"gates": gates}
@@ -168,8 +168,8 @@ def summary(kinds):
     table = [["run", *METRICS, "gates"], ["---"] * (2 + len(METRICS))]
     forms = dict.fromkeys(METRICS, "{:.3f}") | {"FLOPs": "{:.2e}", "length": "{:.1f}"}
     for kind, runs in kinds.items():
-        both = {name: mean_ci([run[name][-1] for run in runs]) for name in METRICS}
-        cells = [" ± ".join(forms[name].format(x) for x in m if not np.isnan(x)) for name, m in both.items()]
+        both = lambda name: [x for x in mean_ci([run[name][-1] for run in runs]) if not np.isnan(x)]
+        cells = [" ± ".join(map(forms[name].format, both(name))) for name in METRICS]
         gates = (np.mean(at, 0) for at in zip(*(run["gates"] for run in runs)))
         table.append([kind, *cells, ", ".join(f"{length:.0f}: {nats:.2f}" for length, nats, _ in gates)])
     return "".join(f"| {' | '.join(row)} |\n" for row in table)

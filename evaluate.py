@@ -62,8 +62,9 @@ def main(args: Args):
     if args.out_file and path.is_dir():
         refuse(f"cannot write --out_file {args.out_file!r}: it is a folder; name a file in it")
     if args.out_file and path.exists() and path.stat().st_size:
-        if not path.read_bytes().startswith(b'{"set": '):
-            refuse(f"--out_file {args.out_file!r} holds something else than responses: name another file")
+        with open(path, "rb") as file:
+            if file.read(8) != b'{"set": ':
+                refuse(f"--out_file {args.out_file!r} holds something else than responses: name another file")
         known = read_lines(path)
         before = known[0].get("settings", {}) if known else settings
         if changes := [name for name in settings if before.get(name) != settings[name]]:

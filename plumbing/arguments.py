@@ -45,7 +45,7 @@ def parse(Args, argv=None):
 
 AT_LEAST_1 = (
     "steps", "batch_size", "micro_batch_size", "max_new_tokens", "eval_k", "eval_max_new_tokens", "eval_batch_size",
-    "save_every", "held_out", "updates_per_step", "seeds", "other_seeds", "workers", "short", "length", "rl_steps",
+    "save_every", "held_out", "updates_per_step", "workers",
 )  # fmt: skip
 AT_LEAST_0 = (
     "warmup_steps", "top_k", "eval_every", "eval_problems", "eval_n", "eval_temperature", "seed", "h_min", "lam",

@@ -28,7 +28,7 @@ class Problem:
 
 
 COLUMNS = {  # what may stand in which column; a.b is b in a column of dicts; the first one that is not empty is used
-    "question": ("messages", "conversations", "prompt", "problem", "question"), "response": ("response", "completion"),
+    "question": ("messages", "prompt", "problem", "question", "conversations"), "response": ("response", "completion"),
     "answer": ("answer", "final_answer", "solution", "reward_model.ground_truth"),
 }  # fmt: skip
 
@@ -50,36 +50,35 @@ def load_problems(name, needs="", columns="", strict=True):
     counts = ", ".join(f"{n} rows {why}" for why, n in left_out.items())
     if not problems:
         how = f": sample them by `python evaluate.py --model TEACHER --eval_data {name} --eval_k 1 --out_file FILE`"
-        how = how if needs == "response" else ": without answers say --eval_data none" if needs == "answer" else ""
+        how = how if needs == "response" else ": without answers say --eval_data none" if "answer" in counts else ""
         refuse(f"{name}: no rows left in it ({counts or 'it is empty'}){how}")
     if counts:
         say(f"{name}: left out {counts}")
-    if chosen["answer"] and (n := sum(p.answer is None for p in problems)):
-        say(f"{name}: {n} answers are missing, or no number, word or LaTeX, and are not graded")
     latex = next((p.answer for p in problems if needs == "answer" and needs_math_verify(p.answer)), None)
     if latex is not None and importlib.util.find_spec("math_verify") is None:
         refuse(f"{name} has the answer {latex!r}, graded by math-verify: pip install math-verify")
-    return problems, chosen, rows[0].get("settings") or {}
+    settings = rows[0].get("settings")
+    return problems, chosen, settings if isinstance(settings, dict) else {}
 
 
 def _problem(row, chosen, needs):
     """A row as a Problem. ValueError says why it is left out."""
     question, given, answer = (_cell(row, chosen[what]) for what in COLUMNS)
+    if re.match(r"\[\s*\{.{0,3}(role|from)\b.*(content|value)\b", str(question), re.S) and isinstance(question, str):
+        raise ValueError("with a conversation written as one text (keep it in JSON)")
     turns, response, ids = _turns(question), None, row.get("response_ids") or None
     if turns and turns[-1]["role"] == "assistant":
         response = turns.pop()["content"]
     if given is not None:
         response = "".join(turn["content"] for turn in _turns(given))
-    who = turns[-1]["role"] if turns else "system"
-    if who != "user":
-        raise ValueError("without a question" if who == "system" else f"where the {who} speaks last")
+    if not turns or turns[-1]["role"] != "user":
+        raise ValueError("without a question of the user's")
     if isinstance(answer, (list, dict)):
         raise ValueError("whose answer is no text or number")
     if not isinstance(ids, (list, type(None))):
         raise ValueError("whose response_ids are no list")
     answer, level = clean_reference(answer), row.get("level")
-    answer = answer if answer is None or can_be_graded(answer) else None
-    if needs == "answer" and answer is None:
+    if needs == "answer" and (answer is None or not can_be_graded(answer)):
         raise ValueError("without an answer that can be graded")
     if needs == "response" and not (ids or response):
         raise ValueError("without a response")
@@ -96,8 +95,6 @@ def _cell(row, column):
 
 def _turns(value):
     """A text, which is the user's, or a conversation, a list of {"role", "content"}. -> the turns that say something"""
-    if isinstance(value, str) and re.match(r"\[\s*\{.{0,3}(role|content|from|value)\b", value):
-        raise ValueError("with a conversation written as one text (keep it in JSON)")
     turns = value if isinstance(value, list) else [] if value is None else [{"role": "user", "content": str(value)}]
     if isinstance(value, dict) or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
         raise ValueError("that are neither texts nor lists of turns with a `role` and a text as `content`")
@@ -112,7 +109,7 @@ def _columns(name, rows, columns, strict):
             refuse(f'{name}, row {i}: needs columns, as in {{"question": "..."}}, and is a {type(row).__name__}')
     there = list(dict.fromkeys(key for row in rows for key in row))
     given = dict(part.partition("=")[::2] for part in columns.split(",") if part)
-    filled = lambda column: any(_cell(row, column) not in (None, "", []) for row in rows)  # noqa: E731
+    filled = lambda column: any(_cell(row, column) not in (None, "", []) for row in rows)
     for what, column in list(given.items()):
         if what not in COLUMNS or not filled(column) and strict:
             give = f"give {'/'.join(COLUMNS)}=COLUMN; {name} has the columns {', '.join(there)}"
@@ -130,10 +127,12 @@ def _columns(name, rows, columns, strict):
 def load_problem_sets(names, n, columns="", needs="answer", strict=True):
     """{name: [Problem]} of all sets in `names`, separated by commas; of each, n problems, evenly spread (0: all)."""
     sets = {name: load_problems(name, needs, columns, strict)[0] for name in map(str.strip, names.split(","))}
-    return {
-        name: [problems[i * len(problems) // n] for i in range(n)] if 0 < n < len(problems) else problems
-        for name, problems in sets.items()
-    }
+    for name, problems in sets.items():
+        if sentences := sum(p.answer is not None and not can_be_graded(p.answer) for p in problems):
+            say(f"{name}: {sentences} answers are sentences, which no other wording equals")
+        if 0 < n < len(problems):
+            sets[name] = [problems[i * len(problems) // n] for i in range(n)]
+    return sets
 
 
 KINDS = {"csv": "csv", "tsv": "csv", "parquet": "parquet", "json": "json", "jsonl": "json", "ndjson": "json"}
@@ -155,12 +154,12 @@ def _rows(name):
             return rows
         from datasets import disable_progress_bars, load_dataset, load_from_disk
 
-        disable_progress_bars()
         kind = KINDS.get(re.sub(r"\.(gz|bz2|xz|zst)$", "", name.lower()).rpartition(".")[2])
         if path.is_file() and not kind:
             raise ValueError(f"files of kind {path.suffix!r} are not read")
         if kind:  # one file, or many by a pattern
-            options = dict(keep_default_na=False, sep="\t" if ".tsv" in path.name else ",") if kind == "csv" else {}
+            disable_progress_bars()
+            options = dict(keep_default_na=False, sep="\t" if ".tsv" in name.lower() else ",") if kind == "csv" else {}
             return list(load_dataset(kind, data_files=name, split="train", **options))
         source, config, split = (name.split(":", 2) + ["", ""])[:3]
         if os.path.isdir(source) and {"state.json", "dataset_dict.json"} & {*os.listdir(source)}:

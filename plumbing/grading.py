@@ -71,7 +71,9 @@ def clean_reference(value):
 def can_be_graded(answer):
     """Whether a reference is an answer, and no sentence, such as a solution without a box -> bool"""
     text = re.sub(_FONT + r"|\\[A-Za-z]+", " ", answer)
-    return len(re.findall(r"[A-Za-z]{2,}", text)) < (3 if needs_math_verify(answer) else 5)
+    word = _word(answer)
+    known = _number(answer) is not None or word and len(word) == 1  # an option with its text
+    return known or len(re.findall(r"[A-Za-z]{2,}", text)) < (5 if word else 3)
 
 
 def needs_math_verify(answer):

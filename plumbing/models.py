@@ -103,10 +103,10 @@ def load_tokens(args, problem_sets):
         _leave_out(name, problems, why, lambda p: len(p.prompt) + new > room)
         unknown = [p.prompt.count(asker.unk_token_id) / len(p.prompt) for p in problems] if asker.unk_token else [0.0]
         if (share := sum(unknown) / len(unknown)) > 0.05:  # a model would learn nothing, without complaint
-            example = asker.decode(problems[unknown.index(max(unknown))].prompt)[:60]
+            p = problems[unknown.index(max(unknown))]
             refuse(
                 f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {asker.name_or_path!r}, as in "
-                f"{example!r}: models and data do not belong together"
+                f"{p.question[:60]!r}, read as {asker.decode(p.prompt)[:99]!r}: models and data do not belong together"
             )
     encode_responses(problem_sets[0][1], asker, asker.eos_token_id, vocab_size)
     return Tokens(student, tuple(sorted(end_ids)), vocab_size)
@@ -148,12 +148,12 @@ def _generation_end(path):
 
 def faster_precision(model):
     """What --precision auto stands for here -> "fp32" or "bf16". A model of less than 10 million parameters stays in
-    fp32; for others the main process multiplies two matrices in either precision, and all take the faster one."""
+    fp32; for others matrices are multiplied in either precision, and all take what is faster in the main process."""
     ms = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)) if model.num_parameters() >= 10e6 else ():
         a = torch.ones(1024, 1024, dtype=dtype, device=device_here())
         timer = Timer("(a @ a).sum().item()", globals={"a": a}, num_threads=torch.get_num_threads())
-        ms[name] = 1000 * timer.timeit(3).median
+        ms[name] = 1000 * min(timer.timeit(1).median for _ in range(3))
     best = gather([min(ms, key=ms.get, default="fp32")])[0]
     if ms:
         say(f"--precision auto is {best}: a product takes {ms['fp32']:.1f} ms in fp32, {ms['bf16']:.1f} ms in bf16")

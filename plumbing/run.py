@@ -168,8 +168,8 @@ class Run:
         self.idle = 0 if numbers["grad_norm"] else self.idle + 1
         if self.idle == 10:
             say(
-                "warning: the gradient was 0 for ten steps, so nothing is learned. Were all responses to a prompt worth"
-                " the same? Give other problems, another --instruction, a larger --group_size or --max_new_tokens"
+                "warning: the gradient was 0 for ten steps, so nothing is learned. In grpo.py, where all responses to a"
+                " prompt were worth the same: give other problems, a larger --group_size or --max_new_tokens"
             )
         seconds = time.perf_counter() - self.began
         sums = len(rollouts.mask), rollouts.mask.sum(), rollouts.ended.sum(), flops
@@ -393,8 +393,9 @@ def draw(path, title, panels):
     figure.suptitle(title, weight="bold", parse_math=False)
     for axis, (metric, lines) in zip(figure.subplots(n, columns, squeeze=False).flat, panels.items()):
         for label, (steps, values, ci) in lines.items():
-            look = looks.get(label) or dict(color="0.6")
-            handles[label.replace("$", r"\$")] = axis.errorbar(steps, values, np.nan_to_num(ci), capsize=3, **look)
+            look = looks.get(label) or dict(color="0.6", linewidth=1.5)
+            look |= dict(yerr=np.nan_to_num(ci), capsize=3) if np.any(np.nan_to_num(ci)) else {}
+            handles[label.replace("$", r"\$")] = axis.errorbar(steps, values, **look)
         axis.set(xlabel="step", title=metric + units.get(metric, ""))
         axis.set(ylim=(-0.03, 1.03)) if metric == "finished" else None
     place = dict(loc="outside lower center", ncols=4 - len(handles) % 2, frameon=False)

@@ -85,7 +85,7 @@ def test_a_conversation_and_its_response_become_the_same_prompt_again(world, tmp
     ask = dict(eval_data=write_jsonl(tmp_path / "a.jsonl", rows), eval_k=1, eval_max_new_tokens=6)
     file = str(tmp_path / "b.jsonl")
     printed, table = evaluated(capsys, model=world["teacher"], **ask, out_file=file)
-    assert "2 answers are missing, or no number, word or LaTeX" in printed and table[0][2] == "no answers"
+    assert "2 answers are sentences, which no other wording equals" in printed and float(table[0][2][:5]) == 0
     before, after = (load_problems(path)[0] for path in (ask["eval_data"], file))
     assert [(p.question, [*p.before]) for p in before] == [(p.question, [*p.before]) for p in after]
     same = [
@@ -176,11 +176,10 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
             yield kind, f"{command} {shlex.join(argv(less))}"
 
     built = lambda args: [Path(args.out).mkdir(), Path(args.out, f"seed-{args.seed}").touch(), None][-1]
-    pool = SimpleNamespace(imap_unordered=map)
-    context = SimpleNamespace(Pool=lambda workers: contextlib.nullcontext(pool))
+    pool = contextlib.nullcontext(SimpleNamespace(map=map))
     monkeypatch.setattr(compare, "plan", lambda *args: dict(plan(*args)))
     monkeypatch.setattr(toy.build, "main", built)
-    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda how: context)
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *args: pool)
     main = lambda *words: compare.main(parse(compare.Args, [f"--out_dir={tmp_path}/out", *words]))
     main("--worlds", f"toy,{tmp_path}/other-7", "--seeds=1")
     out = tmp_path / "out"
@@ -204,3 +203,18 @@ def test_compare_runs_what_is_missing_and_only_that(world, tmp_path, monkeypatch
     ).items():
         with pytest.raises(SystemExit, match=says):
             main(words)
+
+
+def test_compare_runs_several_at_once_and_stops_at_the_first_that_fails(world, tmp_path, monkeypatch):
+    """In processes of their own. One that has run a script ends when it is told to, and a refusal is a line."""
+    command = lambda steps: f"opd.py {shlex.join(argv(world | dict(eval_data='none', steps=steps)))}"
+    plans = [{"a": command(1), "b": command(1)}, {"c": command(1), "d": command(0), "e": command(1)}]
+    monkeypatch.setattr(compare, "plan", lambda *args: plans[0])
+    args = compare.Args(out_dir=str(tmp_path), worlds=str(Path(world["data"]).parent), seeds=1)
+    ((dirs,),) = [found.values() for found in [compare.run_all(args)]]
+    assert all((Path(directory) / "model").exists() for (directory,) in dirs.values())
+    monkeypatch.setattr(compare, "plan", lambda *args: plans[1])
+    with pytest.raises(SystemExit, match="--steps is 0"):
+        compare.run_all(args)
+    with pytest.raises(SystemExit, match="--worlds: no 'nowhere', and no seed to build it by"):
+        compare.run_all(compare.Args(worlds="nowhere"))

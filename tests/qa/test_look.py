@@ -94,7 +94,7 @@ def test_two_checkpoints_stand_side_by_side(prefixes, sign, world, tmp_path, mon
     assert len(re.findall(r"forward KL [\d.]+ and reverse KL [\d.]+ nats a token; [\d.]+% of its prob", said)) == 2
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"question": "Why?"}])
     run("look", **arguments | dict(eval_data=asked), page=page)
-    assert "Why?   (cut," in capsys.readouterr().out or "Why?   (finished," in capsys.readouterr().out, "no verdict"
+    assert re.search(r"Why\?   \((cut|finished), ", capsys.readouterr().out), "no verdict"
     with pytest.raises(SystemExit, match="cannot write --page"):
         run("look", **arguments, page=tmp_path)
     monkeypatch.setattr(look, "is_main", lambda: False)

@@ -103,7 +103,7 @@ def test_columns_can_be_named_and_rows_without_what_is_needed_are_counted(tmp_pa
     problems, columns, _ = load_problems(path, needs="answer", columns="question=task,response=said")
     assert [(p.question, p.answer, p.response) for p in problems[:2]] == [("t", "1", "s"), ("t", "0", "s")]
     assert columns["question"] == "task" and problems[2].answer == "all real numbers" and len(problems) == 3
-    says = "left out 5 rows without an answer that can be graded, 1 rows without a question, 1 rows that are neither"
+    says = "left out 5 rows without an answer that can be graded, 1 rows without a question of the user's, 1 rows that"
     assert says in capsys.readouterr().out
     assert [p.question for p in load_problems(path)[0]] == ["p"] * 5, "one column for the whole file"
     train = write_jsonl(tmp_path / "named.jsonl", [{"task": 5, "answer": 1}])

@@ -90,6 +90,6 @@ def test_what_is_wrong_in_the_documents_is_not_learned():
     assert 0.3 < np.mean(masked) < 0.5 and 0.1 < np.mean(wrong) < 0.3 and 0.02 < np.mean(restated, 0)[0] < 0.045
     assert {agreed: np.mean(x) for agreed, x in answers.items()} == pytest.approx(build.STUDENT_ANSWERS, abs=0.04)
     assert np.mean(restated, 0)[1] == pytest.approx(build.BASE_RESTATES / (1 - build.BASE_RESTATES), abs=0.06)
-    words = lambda ids: [[*build.SPECIAL, *build.WORDS][i] for i in ids]  # noqa: E731
+    words = lambda ids: [[*build.SPECIAL, *build.WORDS][i] for i in ids]
     chat = [words(build.student_response(build.random_problem(rng), rng)[0]) for _ in range(100)]
     assert {(said.count("####"), said[-1]) for said in chat} == {(1, "<|im_end|>")}, "nothing artificial"
