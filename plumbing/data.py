@@ -64,7 +64,7 @@ def load_problems(name, needs="", columns="", strict=True):
 def _problem(row, chosen, needs):
     """A row as a Problem. ValueError says why it is left out."""
     question, given, answer = (_cell(row, chosen[what]) for what in COLUMNS)
-    if re.match(r"\[\s*\{.{0,3}(role|from)\b.*(content|value)\b", str(question), re.S) and isinstance(question, str):
+    if isinstance(question, str) and re.match(r"\[\s*\{.{0,3}(role|from)\b.*(content|value)\b", question, re.S):
         raise ValueError("with a conversation written as one text (keep it in JSON)")
     turns, response, ids = _turns(question), None, row.get("response_ids") or None
     if turns and turns[-1]["role"] == "assistant":
