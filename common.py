@@ -256,14 +256,6 @@ class _InChunks(torch.autograd.Function):
         return None, None, None, None, None, *(grad * grad_loss for grad in ctx.saved_tensors)
 
 
-@torch.no_grad()
-def token_log_probs(model, batch, vocab_size=None):
-    """log q(y_t|s_t) of the batch's own response tokens. -> (N,)"""
-    hidden, head, tokens = response_hidden(model, batch), head_of(model, vocab_size), batch.ids[batch.mask]
-    chunks = zip(hidden.split(256), tokens.split(256))
-    return torch.cat([log_probs(logits_of(model, h, *head)).gather(-1, y[:, None])[:, 0] for h, y in chunks])
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # 3. Sampling
 

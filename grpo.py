@@ -1,7 +1,7 @@
 """Group-relative policy optimisation (GRPO): the reinforcement learning that follows distillation.
 
-    L(θ) = − E [ min( ρ_t A_i, clip(ρ_t, 1−ε, 1+ε) A_i ) ]     ρ_t = q_θ(y_t|s_t) / q_old(y_t|s_t), before this update
-    A_i = (r_i − mean r) / (std r + 1e-4)                      of response i in the group of those to one prompt
+    L(θ) = − E [ A_i · log q_θ(y_t|s_t) ]      over all tokens t of all responses i
+    A_i = (r_i − mean r) / (std r + 1e-4)      of response i in the group of those to one prompt
 
 The model responds to each prompt --group_size times. A response is worth 1 if its answer is right and 0 if not; under
 --must_finish it must also have finished. Every token of it is reinforced by how much better its response was than the
@@ -10,8 +10,8 @@ others of its group. There is no teacher. Start from any checkpoint, also one th
 What it leaves out, on purpose, of GRPO (arXiv 2402.03300).
 - No KL penalty towards a reference model.
 - No mean over each response, and then over responses: as in DAPO, all tokens of the batch count alike.
-- One update per batch of rollouts, so that ρ is 1 and clipping does nothing, unless --updates_per_step asks for more;
-  then the log is about the last one, and `clipped_fraction` says how many tokens were silenced.
+- One update per batch of rollouts. Then the ratio q_θ/q_old, which GRPO has in place of log q_θ, is 1 and has the same
+  gradient, and there is nothing to clip.
 
     python grpo.py                                                     CPU, the embedded toy's student: a minute
     python grpo.py --student runs/opd/model --out_dir runs/opd-grpo    after distillation
@@ -24,16 +24,10 @@ from typing import Literal
 
 import torch
 
-from common import check_models, evaluate, log_probs, sample, seed_of, token_log_probs, weighted_loss
+from common import check_models, evaluate, log_probs, sample, seed_of, weighted_loss
 from plumbing.grading import grade
 from plumbing.models import load_student, refresh
 from plumbing.run import Run, mean_over_processes, parse
-
-
-def clipped_surrogate(log_probs, old_log_probs, advantages, clip):
-    """−min(ρA, clip(ρ, 1−ε, 1+ε)A) at every token, ρ = exp(log_probs − old_log_probs). All (n,) -> (n,)."""
-    ratio = (log_probs - old_log_probs).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
 def group_advantages(rewards):
@@ -48,11 +42,9 @@ class Args:  # what stands behind each argument is its --help text
     data: str = "toy/train.jsonl"  # problems with answers to train on: a file, or name[:config[:split]] on the hub
     eval_data: str = "toy/eval.jsonl"  # problems with answers to evaluate on, several by commas; or none
     out_dir: str = f"runs/{Path(__file__).stem}"  # everything the run writes
-    steps: int = 60  # batches of rollouts, each of --updates_per_step updates
-    batch_size: int = 8  # prompts per step, over all processes
+    steps: int = 60  # updates
+    batch_size: int = 8  # prompts per update, over all processes
     group_size: int = 8  # responses to each of them
-    updates_per_step: int = 1  # passes over the same rollouts
-    clip: float = 0.2  # ε: how far the ratio ρ may leave 1 before a token stops counting
     must_finish: bool = False  # reward only right answers of responses that finish
     micro_batch_size: int = 64  # rollouts scored at once; less memory, same gradient
     rollout_batch_size: int = 0  # rollouts sampled at once; 0: all
@@ -85,11 +77,11 @@ def main(args: Args):
     check_models(student, sampler)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     run.resume(student, sampler, optimizer)
-    vocab_size, off_policy = run.tokens.vocab_size, args.updates_per_step > 1  # with one update q_old is q_θ
+    tokens = dict(end_ids=run.tokens.end_ids, vocab_size=run.tokens.vocab_size)
     sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, prompt_len=run.prompt_len)
-    sampling |= dict(end_ids=run.tokens.end_ids, vocab_size=vocab_size, batch_size=args.rollout_batch_size or None)
+    sampling |= dict(batch_size=args.rollout_batch_size or None)
 
-    for step in run.steps():  # how many batches of rollouts have been used
+    for step in run.steps():  # how many updates have been made
         # (1) Evaluate and log where the student stands
         evaluation = evaluate(sampler, run.problem_sets, run.tokens, args) if run.eval_is_due() else None
         run.log(evaluation)
@@ -99,47 +91,37 @@ def main(args: Args):
         # (2) Rollouts: a group of responses to each prompt, and how much better each is than its group
         batch, seed = run.batch(step), seed_of(args.seed, "rollouts", step)
         prompts, answers = ([x for x in xs for _ in range(args.group_size)] for xs in (batch.prompts, batch.answers))
-        rollouts = sample(sampler, prompts, max_new_tokens=args.max_new_tokens, seed=seed, **sampling)
+        rollouts = sample(sampler, prompts, max_new_tokens=args.max_new_tokens, seed=seed, **sampling, **tokens)
         right = [grade(run.tokens.decode(ids), answer) for ids, answer in zip(rollouts.responses(), answers)]
         rewards = torch.tensor(right).float().to(student.device)  # (B,)
         rewards = rewards * rollouts.ended if args.must_finish else rewards
         advantages = group_advantages(rewards.view(-1, args.group_size)).flatten()  # (B,)
+
+        # (3) Loss: each token's log-probability, weighted by its advantage, in the mean over the response tokens of the
+        # *global* batch
         n_tokens = mean_over_processes(rollouts.mask.sum())  # gradients are averaged, and so become global means
-        micros = list(rollouts.split(args.micro_batch_size))
-        old = [token_log_probs(student, micro, vocab_size) if off_policy else None for micro in micros]
+        loss = entropy = 0.0
+        for micro in rollouts.split(args.micro_batch_size):
+            said, advantage = micro.ids[micro.mask], advantages[micro.rows].repeat_interleave(micro.mask.sum(1))  # (N,)
 
-        for _ in range(args.updates_per_step):
-            # (3) Loss: the clipped surrogate, a mean over the response tokens of the *global* batch
-            loss = entropy = clipped = 0.0
-            for micro, old_log_probs in zip(micros, old):
-                advantage = advantages[micro.rows, None].expand(micro.mask.shape)[micro.mask]  # (N,)
-                chosen = micro.ids[micro.mask]  # (N,)
+            def policy_loss(logits, c):  # logits (n, V) of a slice c of these tokens -> (n,)
+                return -advantage[c] * log_probs(logits).gather(-1, said[c, None])[:, 0]
 
-                def surrogate(logits, c):
-                    nonlocal clipped
-                    log_q = log_probs(logits).gather(-1, chosen[c, None])[:, 0]
-                    before = old_log_probs[c] if off_policy else log_q.detach()
-                    losses = clipped_surrogate(log_q, before, advantage[c], args.clip)
-                    clipped += (losses > -(log_q - before).exp() * advantage[c]).sum().item()
-                    return losses
+            weights = micro.mask / n_tokens
+            micro_loss, micro_entropy = weighted_loss(policy_loss, student, micro, weights, run.tokens.vocab_size)
+            micro_loss.backward()
+            loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
 
-                micro_loss, micro_entropy = weighted_loss(
-                    surrogate, student, micro, micro.mask / n_tokens, vocab_size=vocab_size
-                )
-                micro_loss.backward()
-                loss, entropy = loss + micro_loss.item(), entropy + micro_entropy.item()
-
-            # (4) Update
-            lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)  # before clipping
-            optimizer.step()
-            optimizer.zero_grad()
+        # (4) Update
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)  # before clipping
+        optimizer.step()
+        optimizer.zero_grad()
         refresh(sampler, student)
 
         # (5) Keep the numbers for the log, and how many forward passes were made: a backward pass costs two. Save.
-        numbers = dict(loss=loss, entropy=entropy, grad_norm=grad_norm, lr=lr, reward=rewards.mean().item())
-        passes = {student: 3 * args.updates_per_step + off_policy}
-        run.record(rollouts, passes, **numbers, clipped_fraction=clipped / n_tokens.item())
+        reward = rewards.mean().item()
+        run.record(rollouts, {student: 3}, loss=loss, entropy=entropy, grad_norm=grad_norm, lr=lr, reward=reward)
         if run.save_is_due():
             run.save(student, optimizer)
 

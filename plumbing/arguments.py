@@ -45,13 +45,13 @@ def parse(Args, argv=None):
 
 AT_LEAST_1 = (
     "steps", "batch_size", "micro_batch_size", "max_new_tokens", "eval_k", "eval_max_new_tokens", "eval_batch_size",
-    "save_every", "held_out", "updates_per_step", "workers",
+    "save_every", "held_out", "workers",
 )  # fmt: skip
 AT_LEAST_0 = (
     "warmup_steps", "top_k", "eval_every", "eval_problems", "eval_n", "eval_temperature", "seed", "h_min", "lam",
     "rollout_batch_size",
 )  # fmt: skip
-ABOVE_0 = ("lr", "temperature", "top_p", "max_grad_norm", "clip")
+ABOVE_0 = ("lr", "temperature", "top_p", "max_grad_norm")
 AT_MOST_1 = ("top_p", "lam")
 
 

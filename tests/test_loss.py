@@ -169,13 +169,6 @@ def test_heads_tied_or_not_with_bias_or_soft_cap_cropped_to_the_tokenizers_vocab
     assert_same(pair[0], loss, definition(lambda s, t: reverse_kl(s[:, :V], t[:, :V]), pair)[0])
 
 
-def test_log_probs_of_a_batchs_own_tokens_whatever_their_number(pair):
-    ids = torch.randint(V, (2, 200), generator=torch.Generator().manual_seed(0))
-    batch = rollouts_of(ids[:, :10].tolist(), ids[:, 10:].tolist())
-    log_q = pair[0](ids).logits[:, 9:-1].log_softmax(-1).gather(-1, ids[:, 10:, None]).flatten()
-    torch.testing.assert_close(common.token_log_probs(pair[0], batch), log_q)
-
-
 def test_a_teachers_responses_are_cut_to_the_training_length_and_cost_what_sampling_them_once_uncut_does(pair):
     batch = SimpleNamespace(prompts=PROMPTS * 2, responses=RESPONSES * 2, ended=[True, True, False, True])
     batch.first_use = [False, True, True, False]

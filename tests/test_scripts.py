@@ -184,7 +184,7 @@ def test_a_run_leaves_what_its_contract_says(script, world, tmp_path, curves):
     measured = {"avg_at_k", "pass_at_k", "eval_len", "eval_ended", "eval_marked", "eval_useful"}
     evaluated = measured | {f"{name}_ci" for name in measured} | {"eval_entropy", "problems"}
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and set(rows[0]) == evaluated | {"step"}
-    own = {"curriculum": {"train_len", "gate_entropy", "gate_open"}, "grpo": {"reward", "clipped_fraction"}}
+    own = {"curriculum": {"train_len", "gate_entropy", "gate_open"}, "grpo": {"reward"}}
     for row in rows[1:]:
         assert set(row) == every | own.get(script, set()) | (evaluated if row["step"] > 1 else set())
     assert rows[1]["seconds"] < rows[3]["seconds"] and rows[1]["flops"] < rows[3]["flops"], "they add up"
@@ -192,7 +192,7 @@ def test_a_run_leaves_what_its_contract_says(script, world, tmp_path, curves):
     assert {"prompt", "answer", "response", "response_ids", "correct", "ended", "length"} <= set(said)
     saved, fields = json.loads((out / "args.json").read_text(encoding="utf-8")), importlib.import_module(script).Args
     names = {field.name for field in dataclasses.fields(fields)}
-    assert names <= set(saved) and len(names) == {"kl_mix": 32, "grpo": 33, "curriculum": 38}.get(script, 31)
+    assert names <= set(saved) and len(names) == {"kl_mix": 32, "curriculum": 38}.get(script, 31)
     assert saved.get("estimator", "sampled") == "sampled"
     for path in (out / "model", out / "checkpoint-3"):
         tokenizer, model = transformers.AutoTokenizer.from_pretrained(path), load(path)

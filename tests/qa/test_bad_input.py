@@ -196,7 +196,7 @@ def test_refused_before_the_run_starts(script, name, case, world, tmp_path, monk
 
 
 AT_LEAST_0 = "warmup_steps top_k eval_every eval_problems eval_n seed rollout_batch_size eval_temperature h_min lam"
-BOUNDS = {"at least 0": AT_LEAST_0, "above 0": "lr temperature top_p max_grad_norm clip", "at least 2": "group_size"}
+BOUNDS = {"at least 0": AT_LEAST_0, "above 0": "lr temperature top_p max_grad_norm", "at least 2": "group_size"}
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "evaluate", "look"])

@@ -21,7 +21,7 @@ import grpo
 import plumbing.run
 from plumbing.run import Run, checkpoints
 
-LONGER = dict(steps=6, save_every=2, eval_every=2, eval_k=1, updates_per_step=2, estimator="sampled")
+LONGER = dict(steps=6, save_every=2, eval_every=2, eval_k=1, estimator="sampled")
 
 
 class Killed(BaseException):

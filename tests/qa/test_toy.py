@@ -9,7 +9,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
-from common import evaluate, make_rollouts, token_log_probs
+from common import evaluate, make_rollouts
 from plumbing.data import load_problems
 from plumbing.grading import grade
 from plumbing.models import load_model, load_tokens
@@ -58,7 +58,10 @@ def test_the_data_are_right_and_disjoint_and_the_responses_are_the_teachers():
     assert tokens.tokenizer.unk_token_id not in {i for p in train for i in p.response_ids}
     assert 0.985 < np.mean([grade(p.response, p.answer) for p in train]) < 0.999
     batch = make_rollouts(*zip(*((p.prompt, p.response_ids, p.ended) for p in train[:256])), "cpu")
-    assert -token_log_probs(load_model(ARGS.teacher, "fp32"), batch).mean() == pytest.approx(0.288, abs=0.02), "H(p)"
+    log_p = (
+        load_model(ARGS.teacher, "fp32")(batch.ids).logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])
+    )
+    assert -log_p[batch.mask[:, 1:]].mean() == pytest.approx(0.288, abs=0.02), "H(p)"
 
 
 def test_what_is_wrong_in_the_documents_is_not_learned():
