@@ -56,6 +56,7 @@ def load_tokens(args, problem_sets):
         encode_prompts(again, tokenizer, thinking, args.instruction)
         return any(p.prompt != before.prompt for p, before in zip(again, problem_sets[0][1]))
 
+    # The same tokens at the same ids, and the same prompts
     if asker is not student:
         student.chat_template, trouble = asker.chat_template, None
         mine, its, texts = student.get_vocab(), asker.get_vocab(), {i: token for token, i in asker.get_vocab().items()}
@@ -70,6 +71,7 @@ def load_tokens(args, problem_sets):
     if args.thinking and not differs(asker, False, 1):
         say("warning: --thinking changes nothing: the chat template has no switch of this name")
 
+    # A vocabulary that all tokens of the tokenizers are in, without the rows beyond them
     sizes = {role: config.vocab_size for role, config in configs.items()}
     added = {token for tokenizer in tokenizers.values() for token in tokenizer.get_added_vocab()}
     known = [i for tokenizer in tokenizers.values() for token, i in tokenizer.get_vocab().items() if token not in added]
@@ -82,6 +84,8 @@ def load_tokens(args, problem_sets):
     vocab_size = min(*sizes.values(), max(max(tokenizer.get_vocab().values()) + 1 for tokenizer in tokenizers.values()))
     if vocab_size < max(sizes.values()):
         say(f"vocabulary sizes are {sizes}: logits cropped to the tokenizer's {vocab_size}")
+
+    # End tokens, all of which can be said
     end_ids = set()
     for role, path in paths.items():
         for ids in (configs[role].eos_token_id, _generation_end(path), tokenizers[role].eos_token_id):
@@ -92,38 +96,36 @@ def load_tokens(args, problem_sets):
     if not end_ids:
         refuse(f"no response could ever end: set an end token, eos_token_id below {vocab_size}, in a config.json")
 
-    room = min(map(_context, configs.values()))
-    special = [re.escape(token.content) for token in asker.added_tokens_decoder.values() if token.special]
-    control = re.compile("|".join(special) or r"(?!)")
     for name, problems, new in problem_sets:
-        why = "have control tokens such as <|im_end|> in their text"
-        _leave_out(name, problems, why, lambda p: control.search(_all_text(p)))
-        least = min(len(p.prompt) for p in problems)
-        why = f"are too long for the context of {room}: the shortest prompt has {least} tokens, {new} are to be added"
-        _leave_out(name, problems, why, lambda p: len(p.prompt) + new > room)
-        unknown = [p.prompt.count(asker.unk_token_id) / len(p.prompt) for p in problems] if asker.unk_token else [0.0]
-        if (share := sum(unknown) / len(unknown)) > 0.05:  # a model would learn nothing, without complaint
-            p = problems[unknown.index(max(unknown))]
-            refuse(
-                f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {asker.name_or_path!r}, as in "
-                f"{p.question[:60]!r}, read as {asker.decode(p.prompt)[:99]!r}: models and data do not belong together"
-            )
+        _leave_out_rows(name, problems, new, asker, room=min(map(_context, configs.values())))
     encode_responses(problem_sets[0][1], asker, asker.eos_token_id, vocab_size)
     return Tokens(student, tuple(sorted(end_ids)), vocab_size)
 
 
-def _all_text(p):
-    return "\n".join([p.question, p.response or "", *(turn["content"] for turn in p.before)])
-
-
-def _leave_out(name, problems, why, is_out):
-    """Take problems out of a list, and say how many; refuse to take all."""
-    kept = [p for p in problems if not is_out(p)]
-    if not kept:
-        refuse(f"{name}: all rows {why}")
-    if len(kept) < len(problems):
-        say(f"{name}: left out {len(problems) - len(kept)} rows that {why}")
-    problems[:] = kept
+def _leave_out_rows(name, problems, new, tokenizer, room):
+    """Take out of a list what cannot be asked within `room` tokens, of which `new` are to be added, and say how many
+    rows that was. Refuse to take all, and data that these models cannot read."""
+    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control, least = re.compile("|".join(special) or r"(?!)"), min(len(p.prompt) for p in problems)
+    all_text = lambda p: "\n".join([p.question, p.response or "", *(turn["content"] for turn in p.before)])
+    long = f"are too long for the context of {room}: the shortest prompt has {least} tokens, {new} are to be added"
+    for why, is_out in (
+        ("have control tokens such as <|im_end|> in their text", lambda p: control.search(all_text(p))),
+        (long, lambda p: len(p.prompt) + new > room),
+    ):
+        kept = [p for p in problems if not is_out(p)]
+        if not kept:
+            refuse(f"{name}: all rows {why}")
+        if len(kept) < len(problems):
+            say(f"{name}: left out {len(problems) - len(kept)} rows that {why}")
+        problems[:] = kept
+    unknown = [p.prompt.count(tokenizer.unk_token_id) / len(p.prompt) for p in problems] if tokenizer.unk_token else [0]
+    if (share := sum(unknown) / len(unknown)) > 0.05:  # a model would learn nothing, without complaint
+        p = problems[unknown.index(max(unknown))]
+        refuse(
+            f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {tokenizer.name_or_path!r}, as in "
+            f"{p.question[:60]!r}, read as {tokenizer.decode(p.prompt)[:99]!r}: models and data do not belong together"
+        )
 
 
 def _context(config):
