@@ -198,12 +198,14 @@ def encode_prompts(problems, tokenizer, thinking=False, instruction=""):
     if "strftime_now" in tokenizer.chat_template:  # it tells the date, and a run may take more than a day
         options["chat_template"] = _DATE + tokenizer.chat_template
     try:
-        texts = []
-        for p in problems:
-            turn = {"role": "user", "content": p.question + ("\n" + instruction if instruction else "")}
-            texts.append(tokenizer.apply_chat_template([*p.before, turn], **options))
-        for p, ids in zip(problems, tokenizer(texts, add_special_tokens=False)["input_ids"]):
-            p.prompt = tuple(ids)
+        for i in range(0, len(problems), 1024):  # at a time: all at once is a third slower
+            texts = []
+            for p in problems[i : i + 1024]:
+                turn = {"role": "user", "content": p.question + ("\n" + instruction if instruction else "")}
+                texts.append(tokenizer.apply_chat_template([*p.before, turn], **options))
+            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            for p, ids in zip(problems[i : i + 1024], encoded):
+                p.prompt = tuple(ids)
     except Exception as error:  # a template is a program, and a text may hold what cannot be encoded
         refuse(f"{tokenizer.name_or_path!r}: its chat template fails on the question {p.question[:60]!r}: {error}")
 
