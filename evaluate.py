@@ -55,16 +55,14 @@ def main(args: Args):
     settings |= {"temperature": args.eval_temperature, "max_new_tokens": args.eval_max_new_tokens}
     settings |= {"eval_data": args.eval_data, "eval_problems": args.eval_problems, "n": args.eval_n or args.eval_k}
     path, known = Path(args.out_file), []
-    try:  # said now, not after an hour of sampling
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"cannot write --out_file {args.out_file!r} ({error}): name another file")
-    if args.out_file and path.is_dir():
-        refuse(f"cannot write --out_file {args.out_file!r}: it is a folder; name a file in it")
-    if args.out_file and path.exists() and path.stat().st_size:
-        with open(path, "rb") as file:
-            if file.read(8) != b'{"set": ':
-                refuse(f"--out_file {args.out_file!r} holds something else than responses: name another file")
+    if args.out_file:
+        try:  # said now, not after an hour of sampling
+            path.parent.mkdir(parents=True, exist_ok=True)
+            begins = open(path, "rb").read(8) if path.exists() else b""
+        except OSError as error:
+            refuse(f"cannot write --out_file {args.out_file!r} ({error}): name another file")
+        if begins not in (b"", b'{"set": '):
+            refuse(f"--out_file {args.out_file!r} holds something else than responses: name another file")
         known = read_lines(path)
         before = known[0].get("settings", {}) if known else settings
         if changes := [name for name in settings if before.get(name) != settings[name]]:

@@ -70,7 +70,7 @@ def test_prompts_without_answers_get_responses_and_no_grades_and_no_file_is_over
     for place, says in (
         (prompts, "holds something else than responses: name another"),
         (write_jsonl(tmp_path / "list.json", [[1, 2]]), "holds something else"),
-        (tmp_path, "is a folder"),
+        (tmp_path, "name another file"),
         (tmp_path / "prompts.jsonl/a", "name another file"),
     ):
         with pytest.raises(SystemExit, match=says):
