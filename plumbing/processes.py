@@ -9,7 +9,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 
@@ -102,11 +102,3 @@ def body(model):
 def whole(tensor):
     """A tensor that may be sharded, whole, on every process, which all have to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor, parameter):
-    """A whole tensor on the device of a parameter, and sharded as it is."""
-    tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor) and tensor.ndim:
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor

@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_state_dict
 from tqdm import tqdm
 
 from plumbing.arguments import check_args, parse, refuse  # noqa: F401  parse is for the scripts
 from plumbing.data import load_problem_sets, load_problems
 from plumbing.models import identity, load_tokens, refresh, sequence_flops
 from plumbing.processes import (
-    barrier, is_main, like, mean_over_processes, rank_and_world, say, start_processes, sum_over_processes, whole,
+    barrier, is_main, mean_over_processes, rank_and_world, say, start_processes, sum_over_processes, whole,
 )  # fmt: skip
 
 # What changes memory, and at most which random numbers are drawn: it may differ when a run is continued.
@@ -36,6 +37,8 @@ FREE_ARGS = {
     "out_dir", "micro_batch_size", "rollout_batch_size", "eval_batch_size", "save_every", "keep_checkpoints",
     "gradient_checkpointing",
 }  # fmt: skip
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # not all weights have had a gradient
 
 
 @dataclass
@@ -213,8 +216,7 @@ class Run:
     def save(self, student, optimizer, keep=()):
         """Write checkpoint-N/: an ordinary checkpoint, and what a run needs to go on. It has its name only once it is
         complete; older ones are removed, but for those of the steps in `keep`."""
-        names = {p: name for name, p in student.named_parameters()}
-        state = {names[p]: {k: whole(x).cpu() for k, x in s.items()} for p, s in optimizer.state.items()}
+        state = get_optimizer_state_dict(student, optimizer, options=WHOLE)
         final = self.out / f"checkpoint-{self.step}"
         training_state = {"optimizer": state, "row": self.row, "memory": self.memory}
         write_checkpoint(final, student, self.tokens, training_state)
@@ -229,13 +231,8 @@ class Run:
         try:
             saved = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            weights = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, parameter in student.named_parameters():
-                    parameter.copy_(like(weights[name], parameter))
-                    if name in saved["optimizer"]:  # not one that has never had a gradient
-                        state = saved["optimizer"][name]
-                        optimizer.state[parameter] = {k: like(x, parameter) for k, x in state.items()}
+            weights, state = model.state_dict(), saved["optimizer"]
+            set_state_dict(student, optimizer, model_state_dict=weights, optim_state_dict=state, options=WHOLE)
             refresh(sampler, student)
             return saved["row"], saved["memory"]
         except Exception as error:

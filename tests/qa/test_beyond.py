@@ -42,7 +42,7 @@ def test_a_gate_gives_the_schedule_worked_out_by_hand(trace, on_closed, steps_at
     assert "avg_at_k" in rows[-1] and (out / "model/config.json").exists()
     if on_closed == "stop" and trace[-1] < 1.0 and len(trace) > 1:
         saved = [out / f"checkpoint-{row['step']}" for row in gates[-2:]]
-        states = [torch.load(path / "training_state.pt")["optimizer"] for path in saved]
+        states = [torch.load(path / "training_state.pt")["optimizer"]["state"] for path in saved]
         assert states[0] and all(torch.equal(states[1][n][k], x) for n, s in states[0].items() for k, x in s.items())
         models = [load(path).state_dict() for path in [*saved, out / "model"]]
         assert all(torch.equal(x, other[name]) for name, x in models[0].items() for other in models)
