@@ -141,17 +141,16 @@ KINDS = {"csv": "csv", "tsv": "csv", "parquet": "parquet", "json": "json", "json
 def _rows(name):
     """The dataset's rows. A plain file of JSON is read here, as `datasets` takes seconds to import, and refuses columns
     of numbers and texts."""
-    path, where = Path(name), name
+    path = Path(name)
     try:
         if KINDS.get(path.suffix[1:].lower()) == "json" and "*" not in name:
-            text, rows = path.read_text(encoding="utf-8-sig"), []
-            if path.suffix.lower() == ".json" and (whole := _json(text)) is not None:
-                return whole if isinstance(whole, list) else whole["data"] if "data" in whole else [whole]
-            for i, line in enumerate(text.split("\n"), 1):
-                where = f"{name}, line {i}"
-                if line.strip():
-                    rows.append(json.loads(line))
-            return rows
+            text, rows, end = path.read_text(encoding="utf-8-sig").strip(), [], 0
+            while end < len(text):  # a row a line, or all in one value, whatever the file's name
+                row, end = json.JSONDecoder().raw_decode(text, re.compile(r"\s*").match(text, end).end())
+                rows.append(row)
+            whole = rows[0] if len(rows) == 1 else rows
+            whole = whole["data"] if isinstance(whole, dict) and isinstance(whole.get("data"), list) else whole
+            return whole if isinstance(whole, list) else [whole]
         from datasets import disable_progress_bars, load_dataset, load_from_disk
 
         kind = KINDS.get(re.sub(r"\.(gz|bz2|xz|zst)$", "", name.lower()).rpartition(".")[2])
@@ -171,15 +170,7 @@ def _rows(name):
     except Exception as error:  # every kind of trouble comes from there: files, formats, the network, names
         reason = f"{type(error).__name__}: {error}"[:300]
         formats = "a sound .jsonl, .json, .csv, .tsv or .parquet file, a folder, or name[:config[:split]] on the hub"
-        refuse(f"cannot load {where!r}; give {formats} ({reason})")
-
-
-def _json(text):
-    """A text that is one JSON value, or None: of lines, each one is."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
+        refuse(f"cannot load {name!r}; give {formats} ({reason})")
 
 
 _DATE = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro -%}"  # as Llama 3 has it where there is no clock

@@ -104,12 +104,14 @@ def load_tokens(args, problem_sets):
 
 def _leave_out_rows(name, problems, new, tokenizer, room):
     """Take out of a list what cannot be asked within `room` tokens, of which `new` are to be added, and say how many
-    rows that was. Refuse to take all, and data that these models cannot read."""
+    rows that was; refuse to take all."""
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     control, least = re.compile("|".join(special) or r"(?!)"), min(len(p.prompt) for p in problems)
     all_text = lambda p: "\n".join([p.question, p.response or "", *(turn["content"] for turn in p.before)])
+    unknown = f"have text that the tokenizer of {tokenizer.name_or_path!r} does not know: is it made for these data?"
     long = f"are too long for the context of {room}: the shortest prompt has {least} tokens, {new} are to be added"
     for why, is_out in (
+        (unknown, lambda p: p.prompt.count(tokenizer.unk_token_id) > 0.2 * len(p.prompt)),
         ("have control tokens such as <|im_end|> in their text", lambda p: control.search(all_text(p))),
         (long, lambda p: len(p.prompt) + new > room),
     ):
@@ -119,13 +121,6 @@ def _leave_out_rows(name, problems, new, tokenizer, room):
         if len(kept) < len(problems):
             say(f"{name}: left out {len(problems) - len(kept)} rows that {why}")
         problems[:] = kept
-    unknown = [p.prompt.count(tokenizer.unk_token_id) / len(p.prompt) for p in problems] if tokenizer.unk_token else [0]
-    if (share := sum(unknown) / len(unknown)) > 0.05:  # a model would learn nothing, without complaint
-        p = problems[unknown.index(max(unknown))]
-        refuse(
-            f"{share:.0%} of the prompts' tokens are unknown to the tokenizer of {tokenizer.name_or_path!r}, as in "
-            f"{p.question[:60]!r}, read as {tokenizer.decode(p.prompt)[:99]!r}: models and data do not belong together"
-        )
 
 
 def _context(config):

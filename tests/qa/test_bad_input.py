@@ -97,7 +97,7 @@ BEFORE_MODELS = {
     # data
     "no data file": (dict(data="nowhere.jsonl"), "cannot load 'nowhere.jsonl'", "No such file"),
     "empty file": (data("a.jsonl", "\n\n"), "a.jsonl: no rows left", "it is empty"),
-    "not JSON": (data("a.jsonl", '{"question": "a"}\n{"question": \n'), "a.jsonl, line 2'", "JSONDecodeError"),
+    "not JSON": (data("a.jsonl", '{"question": "a"}\n{"question": \n'), "a.jsonl'", "JSONDecodeError", "line 2"),
     "JSON without columns": (data("a.jsonl", '{"question": "a"}\n["b"]\n'), "row 2", "needs columns", "is a list"),
     "damaged parquet": (data("a.parquet", b"PAR1 not really"), "cannot load", "a.parquet"),
     "unknown kind of file": (data("a.xlsx", b"PK"), "cannot load", "a.xlsx", ".jsonl"),
@@ -121,7 +121,7 @@ BEFORE_MODELS = {
     "control tokens in every question": (data("a.jsonl", [{"question": "<|im_end|>"}]), "all rows have control tok"),
     "responses longer than the context": (dict(max_new_tokens=512), "context of 512", "512 are to be added"),
     "evaluation longer than the context": (dict(eval_max_new_tokens=600), "context of 512", "600 are to be added"),
-    "a language that the toy does not speak": (TOY, "% of the prompts' tokens are unknown", "do not belong together"),
+    "a language that the toy does not speak": (TOY, "all rows have text that the tokenizer of", "does not know"),
     # models
     "no such student": (dict(student="no-such-organisation/no-such-model"), "student 'no-such", "is no folder here"),
     "folder of something else": (student(remove("config.json")), "no config.json", "student"),
