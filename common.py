@@ -414,7 +414,8 @@ def respond(model, problems, tokens, n, seed, **sampling):
 def summarize(records, k):
     """Metrics of records: avg_at_k (share solved), pass_at_k (unbiased), eval_ended (share finished), eval_useful (both
     solved and finished), eval_marked (with a marked answer), eval_len (mean length, tokens), each also as name_ci, the
-    half-width of its normal 95 % interval over problems; eval_entropy (nats per token), problems (how many)."""
+    half-width of its normal 95 % interval over problems, .5 where there is one; eval_entropy (nats per token); problems
+    (how many)."""
     by_problem = {}
     for record in records:
         by_problem.setdefault(record["problem"], []).append(record)

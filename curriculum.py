@@ -147,6 +147,7 @@ def main(args: Args):
         at_gate = not state["closed"] and step + 1 in stage_ends
         if at_gate:
             options = dict(max_new_tokens=length, batch_size=args.eval_batch_size, prompt_len=run.prompt_len)
+            # The same draws at every gate of every run: what differs is the student.
             records = respond(sampler, held_out, run.tokens, 1, seed_of("gate"), **options)
             h = sum(r["nats"] for r in records) / sum(r["length"] for r in records)  # H_m
             run.row |= {"gate_entropy": h, "gate_open": h >= args.h_min}

@@ -24,7 +24,7 @@ from plumbing.arguments import check_args, parse, refuse
 from plumbing.data import load_problem_sets
 from plumbing.grading import find_answer, grade
 from plumbing.models import load_model, load_tokens
-from plumbing.processes import is_main
+from plumbing.processes import is_main, say
 from plumbing.run import append_lines, read_lines, start, write_file
 
 
@@ -68,6 +68,8 @@ def main(args: Args):
         if changes := [name for name in settings if before.get(name) != settings[name]]:
             refuse(f"--out_file {args.out_file!r} holds responses made with another {', '.join(changes)}: name another")
     if args.model == "none":
+        if args.out_file or args.eval_problems:
+            refuse("--model none grades all responses of --eval_data: leave out --out_file and --eval_problems")
         sets = load_problem_sets(args.eval_data, 0, args.columns, needs="response")
         rows = [dict(set=name, **record) for name, problems in sets.items() for record in graded(problems)]
         return print_table(args, sets, rows)
@@ -97,10 +99,9 @@ def main(args: Args):
                 append_lines(path, new)
                 appending = True
             rows += new
-    if is_main():
-        print_table(args, sets, rows)
-        if args.out_file:
-            print(f"the responses are in {args.out_file}")
+    print_table(args, sets, rows)
+    if args.out_file:
+        say(f"the responses are in {args.out_file}")
 
 
 def graded(problems):
@@ -120,7 +121,7 @@ def print_table(args, sets, rows):
     """Print the metrics of records, a line for each set, and for each level in it."""
     k = min(args.eval_k, *Counter((row["set"], row["problem"]) for row in rows).values())
     heads = f"solved (Avg@{k}) | Pass@{k} | finished | useful | length | marked | entropy"
-    print(f"| {args.model} | problems | {heads} |\n|{'---|' * 9}")
+    say(f"| {args.model} | problems | {heads} |\n|{'---|' * 9}")
     for name, problems in sets.items():
         levels = sorted({p.level for p in problems if p.level is not None}, key=lambda x: (len(x), x))
         for level in [None, *levels]:
@@ -130,7 +131,7 @@ def print_table(args, sets, rows):
             if all(p.answer is None for p in problems):
                 cells[0] = cells[1] = cells[3] = "no answers"
             cells += [f"{m['eval_len']:.1f}", f"{m['eval_marked']:.3f}", f"{m['eval_entropy']:.3f}"]
-            print(f"| {name if level is None else f'  level {level}'} | {m['problems']} | {' | '.join(cells)} |")
+            say(f"| {name if level is None else f'  level {level}'} | {m['problems']} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

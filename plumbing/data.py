@@ -50,7 +50,7 @@ def load_problems(name, needs="", columns="", strict=True):
     counts = ", ".join(f"{n} rows {why}" for why, n in left_out.items())
     if not problems:
         how = f": sample them by `python evaluate.py --model TEACHER --eval_data {name} --eval_k 1 --out_file FILE`"
-        how = how if needs == "response" else ": without answers say --eval_data none" if "answer" in counts else ""
+        how = how if needs == "response" else "; a run needs nothing to evaluate on: --eval_data none" if needs else ""
         refuse(f"{name}: no rows left in it ({counts or 'it is empty'}){how}")
     if counts:
         say(f"{name}: left out {counts}")

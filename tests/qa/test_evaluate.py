@@ -108,6 +108,8 @@ def test_responses_that_stand_in_the_file_are_graded_without_a_model(tmp_path, c
     ids = write_jsonl(tmp_path / "ids.jsonl", [dict(question="a", answer=1, response_ids=[1])])
     with pytest.raises(SystemExit, match="grades texts, and the response to 'a' is token ids"):
         run("evaluate", model="none", eval_data=ids)
+    with pytest.raises(SystemExit, match="leave out --out_file"):
+        run("evaluate", model="none", eval_data=path, out_file=tmp_path / "graded.jsonl")
 
 
 def test_levels_and_several_sets_stand_below_each_other(world, tmp_path, capsys, monkeypatch):
