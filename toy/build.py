@@ -33,7 +33,6 @@ model that is trained by reverse KL stop finishing its responses?
     So there is a way to go on that the teacher minds little.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 import evaluate
 from plumbing.arguments import parse
+from plumbing.run import read_lines, write_file
 
 
 @dataclass
@@ -119,20 +119,6 @@ def build_tokenizer(eos_token):
 def random_problem(rng):
     """3 to 5 digits, each length equally often (less so in the data, where no problem occurs twice)."""
     return rng.integers(0, 10, size=rng.choice(LEVELS)).tolist()
-
-
-def problem_ids(numbers):
-    return [DIGIT + numbers[0]] + [PLUS + n for n in numbers[1:]]
-
-
-def prompt_ids(numbers):
-    """What the chat template makes of a problem (main checks that it does)."""
-    return (
-        [ID[TURN_START], ID["user"], ID["\n"]]
-        + problem_ids(numbers)
-        + [ID[TURN_END], ID["\n"]]
-        + [ID[TURN_START], ID["assistant"], ID["\n"]]
-    )
 
 
 def write_line(numbers, rng, mistakes):
@@ -218,7 +204,7 @@ def make_model(shape, eos_token):
     return model
 
 
-def batches(respond, rng, steps, batch_size, longest=96, pool=8):
+def batches(tokenizer, respond, rng, steps, batch_size, longest=96, pool=8):
     """Fresh documents for every step: input ids and learned, both (B, T), padded on the right.
 
     Documents are drawn for several batches at a time and sorted by length: half the padding.
@@ -227,7 +213,8 @@ def batches(respond, rng, steps, batch_size, longest=96, pool=8):
         if step % pool == 0:
             documents = []
             for _ in range(pool * batch_size):
-                prompt = prompt_ids(numbers := random_problem(rng))
+                chat = [{"role": "user", "content": "+".join(map(str, numbers := random_problem(rng)))}]
+                prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
                 ids, learned = respond(numbers, rng)
                 documents.append(((prompt + ids)[:longest], ([False] * len(prompt) + learned)[:longest]))
             documents.sort(key=lambda document: len(document[0]))
@@ -240,7 +227,7 @@ def batches(respond, rng, steps, batch_size, longest=96, pool=8):
         )
 
 
-def train(model, respond, rng, steps, lr, name, unsaid=0.0, batch_size=64):
+def train(model, tokenizer, respond, rng, steps, lr, name, unsaid=0.0, batch_size=64):
     """Next-token cross-entropy on the learned tokens; unsaid pushes log p(<|im_end|>) below minus so many nats.
 
     Muon for the matrices of the layers, AdamW for the rest: three times fewer steps than AdamW alone.
@@ -257,7 +244,7 @@ def train(model, respond, rng, steps, lr, name, unsaid=0.0, batch_size=64):
         )
         for o in optimizers
     ]
-    bar = tqdm(batches(respond, rng, steps, batch_size), total=steps, desc=name)
+    bar = tqdm(batches(tokenizer, respond, rng, steps, batch_size), total=steps, desc=name)
     for ids, learned in bar:
         logits = model(ids[:, :-1]).logits[learned[:, 1:]]  # (N, V); t predicts t+1
         loss = F.cross_entropy(logits, ids[:, 1:][learned[:, 1:]])
@@ -277,10 +264,6 @@ def train(model, respond, rng, steps, lr, name, unsaid=0.0, batch_size=64):
 # --- everything -------------------------------------------------------------------------------------
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def row_of(numbers):
     return {"problem": "+".join(map(str, numbers)), "answer": str(sum(numbers) % 10), "level": len(numbers)}
 
@@ -294,11 +277,10 @@ def add_responses(out):
     evaluate.main(
         evaluate.Args(model=str(out / "teacher"), eval_data=str(out / "train.jsonl"), eval_k=1, out_file=str(file))
     )
-    rows = [json.loads(line) for line in (out / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    for row, line in zip(rows, file.read_text(encoding="utf-8").splitlines()):
-        response = json.loads(line)
+    rows = read_lines(out / "train.jsonl")
+    for row, response in zip(rows, read_lines(file)):
         row |= {"response": response["response"]} | ({} if response["ended"] else {"ended": False})
-    write_rows(out / "train.jsonl", rows)
+    write_file(out / "train.jsonl", rows)
     file.unlink()
 
 
@@ -313,8 +295,8 @@ def main(args: Args):
         problems[tuple(random_problem(rng))] = None
     problems = [list(p) for p in problems]
     rng.shuffle(problems)
-    write_rows(out / "eval.jsonl", map(row_of, problems[:EVAL_ROWS]))
-    write_rows(out / "train.jsonl", map(row_of, problems[EVAL_ROWS:]))
+    write_file(out / "eval.jsonl", [*map(row_of, problems[:EVAL_ROWS])])
+    write_file(out / "train.jsonl", [*map(row_of, problems[EVAL_ROWS:])])
 
     # Models. Every random stream has a seed of its own: (seed, 0), (seed, 1), ..., and torch's.
     base_response = partial(student_response, base=True)
@@ -326,10 +308,7 @@ def main(args: Args):
     for i, (name, (eos_token, respond, unsaid, shape, lr)) in enumerate(kinds.items()):
         torch.manual_seed(10 * seed + i)
         tokenizer, model = build_tokenizer(eos_token), make_model(shape, eos_token)
-        chat = [{"role": "user", "content": "3+8+5"}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert ids == prompt_ids([3, 8, 5])
-        train(model, respond, np.random.default_rng((seed, i + 1)), STEPS, lr, name, unsaid)
+        train(model, tokenizer, respond, np.random.default_rng((seed, i + 1)), STEPS, lr, name, unsaid)
         tokenizer.save_pretrained(out / name)
         model.save_pretrained(out / name)
         evaluate.main(evaluate.Args(model=str(out / name), eval_data=str(out / "eval.jsonl"), eval_max_new_tokens=96))
