@@ -415,16 +415,18 @@ def summarize(records, k):
     """Metrics of records: avg_at_k (share solved), pass_at_k (unbiased), eval_ended (share finished), eval_useful (both
     solved and finished), eval_marked (with a marked answer), eval_len (mean length, tokens), each also as name_ci, the
     half-width of its normal 95 % interval over problems, .5 where there is one; eval_entropy (nats per token); problems
-    (how many)."""
+    (how many). What is solved is a share of the problems that have an answer."""
     by_problem = {}
     for record in records:
         by_problem.setdefault(record["problem"], []).append(record)
-    problems = by_problem.values()
-    keys, metrics = {"avg_at_k": "correct", "eval_len": "length", "eval_ended": "ended", "eval_marked": "marked"}, {}
-    columns = {name: [np.mean([r[key] or 0 for r in one]) for one in problems] for name, key in keys.items()}
-    columns["eval_useful"] = [np.mean([bool(r["correct"]) and r["ended"] for r in one]) for one in problems]
-    counts = [(len(one), sum(bool(r["correct"]) for r in one)) for one in problems]
+    problems, metrics = by_problem.values(), {}
+    keys = {"eval_len": "length", "eval_ended": "ended", "eval_marked": "marked"}
+    columns = {name: [np.mean([r[key] for r in one]) for one in problems] for name, key in keys.items()}
+    answered = [one for one in problems if one[0]["correct"] is not None] or [[dict(correct=False, ended=False)]]
+    counts = [(len(one), sum(r["correct"] for r in one)) for one in answered]
+    columns["avg_at_k"] = [c / n for n, c in counts]
     columns["pass_at_k"] = [pass_at_k(n, c, min(k, n)) for n, c in counts]
+    columns["eval_useful"] = [np.mean([r["correct"] and r["ended"] for r in one]) for one in answered]
     for name, values in columns.items():
         metrics[name] = float(np.mean(values))
         metrics[name + "_ci"] = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.5

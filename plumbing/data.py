@@ -130,6 +130,8 @@ def load_problem_sets(names, n, columns="", needs="answer", strict=True):
     for name, problems in sets.items():
         if sentences := sum(p.answer is not None and not can_be_graded(p.answer) for p in problems):
             say(f"{name}: {sentences} answers are sentences, which no other wording equals")
+        if 0 < (missing := sum(p.answer is None for p in problems)) < len(problems):
+            say(f"{name}: {missing} rows have no answer, and are not graded")
         if 0 < n < len(problems):
             sets[name] = [problems[i * len(problems) // n] for i in range(n)]
     return sets

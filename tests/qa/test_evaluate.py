@@ -100,10 +100,12 @@ def test_responses_that_stand_in_the_file_are_graded_without_a_model(tmp_path, c
     """As vLLM may have made them: rows with one question are samples of one problem."""
     rows = [dict(question="1+1?", answer=2, response=text) for text in ("\\boxed{2}", "\\boxed{3}", "#### 2", "two")]
     rows += [dict(question="2+2?", answer=4, response="\\boxed{4}", ended=i > 0, level=1) for i in range(4)]
+    rows += [dict(question="Why?", response="#### 7")] * 4  # no answer: not one that is never solved
     path, again = (write_jsonl(tmp_path / name, rows) for name in ("made.jsonl", "again.jsonl"))
     printed, table = evaluated(capsys, model="none", eval_data=f"{path} , {again}", eval_k=2)
     assert [row[0] for row in table] == [path, "level 1", again, "level 1"] and "solved (Avg@2) | Pass@2" in printed
-    assert table[0][1:] == ["2", "0.750 ± 0.490", "0.917 ± 0.163", "0.875", "0.625", "nan", "0.875", "nan"]
+    assert f"{path}: 4 rows have no answer, and are not graded" in printed
+    assert table[0][1:] == ["3", "0.750 ± 0.490", "0.917 ± 0.163", "0.917", "0.625", "nan", "0.917", "nan"]
     assert "Pass@4" in evaluated(capsys, model="none", eval_data=path)[0], "no k beyond what is there"
     ids = write_jsonl(tmp_path / "ids.jsonl", [dict(question="a", answer=1, response_ids=[1])])
     with pytest.raises(SystemExit, match="grades texts, and the response to 'a' is token ids"):
@@ -129,11 +131,14 @@ def test_metrics_worked_out_by_hand_and_their_means_over_sets(monkeypatch):
     several sets each counts alike, and half-widths add up as those of independent numbers do."""
     right = [(0, 1), (0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (1, 1), (1, 1)]
     of_four = lambda i: dict(length=10 + i % 4, ended=i % 4 > 0, marked=i % 4 > 2, nats=5.0 + i % 4)
-    m = common.summarize([dict(problem=p, correct=c, **of_four(i)) for i, (p, c) in enumerate(right)], k=2)
+    records = [dict(problem=p, correct=c, **of_four(i)) for i, (p, c) in enumerate(right)]
+    m = common.summarize(records, k=2)
     assert (m["avg_at_k"], m["pass_at_k"], m["eval_len"], m["problems"]) == (0.625, 0.75, 11.5, 2)
     assert (m["eval_ended"], m["eval_entropy"], m["eval_marked"]) == (0.75, 6.5 / 11.5, 0.25), "per token, not response"
     assert m["eval_useful"] == 0.375, "the first of each four was cut"
     assert m["avg_at_k_ci"] == pytest.approx(1.96 * (0.75 / 2**0.5) / 2**0.5)
+    more = common.summarize([*records, *(dict(problem=2, correct=None, **of_four(i)) for i in range(4))], k=2)
+    assert more == m | dict(problems=3, eval_len_ci=0, eval_ended_ci=0, eval_marked_ci=0), "one without an answer"
     line, *warning = in_words(m | dict(eval_len=32768.0, eval_entropy=11.9), 16).split("\n")
     assert max(map(len, [f"step 10000  {line}", *warning])) <= 100
     assert warning[0].startswith("warning: only 25% of the responses mark an answer")
