@@ -43,7 +43,7 @@ class Args:
     seed: int = 0  # of the sampler
     instruction: str = ""  # appended to every question, such as a request for an answer in \boxed{}
     thinking: bool = False  # ask for thinking mode in chat templates that have it
-    columns: str = ""  # question=NAME,answer=NAME, where guessing the columns fails
+    columns: str = ""  # question=NAME,answer=NAME,response=NAME, where guessing the columns fails
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: the faster one; fp32 for tiny models
     out_file: str = ""  # JSONL of all responses: prompt, answer, level, response, response_ids, ended, correct, ...
 
@@ -70,7 +70,7 @@ def main(args: Args):
     if args.model == "none":
         if args.out_file or args.eval_problems:
             refuse("--model none grades all responses of --eval_data: leave out --out_file and --eval_problems")
-        sets = load_problem_sets(args.eval_data, 0, args.columns, needs="response")
+        sets = load_problem_sets(args.eval_data, 0, args.columns, needs="text")
         rows = [dict(set=name, **record) for name, problems in sets.items() for record in graded(problems)]
         return print_table(args, sets, rows)
     sets = load_problem_sets(args.eval_data, args.eval_problems, args.columns, needs="")
@@ -110,8 +110,6 @@ def graded(problems):
     keys = [str([*p.before, p.question]) for p in problems]
     numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     for p, key in zip(problems, keys):
-        if p.response is None:
-            refuse(f"--model none grades texts, and the response to {p.question[:60]!r} is token ids")
         right = None if p.answer is None else grade(p.response, p.answer)
         known = dict(problem=numbers[key], answer=p.answer, level=p.level, ended=p.ended, correct=right)
         yield known | dict(marked=find_answer(p.response) is not None, length=math.nan, nats=math.nan)

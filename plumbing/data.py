@@ -1,5 +1,6 @@
 """Problems and the prompts that they become: dataset formats, columns, chat templates. No model is touched here."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -33,15 +34,16 @@ COLUMNS = {  # what may stand in which column; a.b is b in a column of dicts; th
 }  # fmt: skip
 
 
-def load_problems(name, needs="", columns="", strict=True):
+def load_problems(name, needs="", columns="", remedy=""):
     """Read a dataset: a file, folder or glob that `datasets` knows, or `name[:config[:split]]` on the hub.
     -> [Problem], which column is what, and the settings that evaluate.py has written into the first row
 
-    needs: "answer" or "response": what every row should have. Rows without it, and those that no prompt can be made of,
-    are left out and counted. columns: "question=NAME,answer=NAME,response=NAME", or some of them, where guessing fails.
-    strict: a column that the file does not have is refused."""
+    needs: "answer", "response" or "text" (a response that may be empty): what every row should have. Rows without it,
+    and those that no prompt can be made of, are left out and counted. columns: "question=NAME,answer=NAME,
+    response=NAME", or some of them, where guessing fails; those that this file does not have are not looked at (see
+    check_columns). remedy: what else to do where no rows are left."""
     rows = _rows(name)
-    chosen, problems, left_out = _columns(name, rows, columns, strict), [], Counter()
+    chosen, problems, left_out = _columns(name, rows, columns), [], Counter()
     for row in rows:
         try:
             problems.append(_problem(row, chosen, needs))
@@ -49,9 +51,11 @@ def load_problems(name, needs="", columns="", strict=True):
             left_out[str(why)] += 1
     counts = ", ".join(f"{n} rows {why}" for why, n in left_out.items())
     if not problems:
-        how = f": sample them by `python evaluate.py --model TEACHER --eval_data {name} --eval_k 1 --out_file FILE`"
-        how = how if needs == "response" else "; a run needs nothing to evaluate on: --eval_data none" if needs else ""
-        refuse(f"{name}: no rows left in it ({counts or 'it is empty'}){how}")
+        make = f"python evaluate.py --model TEACHER --eval_data {name} --eval_k 1 --out_file FILE"
+        remedy += f", or sample them by `{make}`" if needs == "response" else ""
+        what = "response" if needs == "text" else needs
+        named = f": name it by --columns {what}=NAME" if needs and rows else ""
+        refuse(f"{name}: no rows left in it ({counts or 'it is empty'}){named}{remedy}")
     if counts:
         say(f"{name}: left out {counts}")
     latex = next((p.answer for p in problems if needs == "answer" and needs_math_verify(p.answer)), None)
@@ -82,6 +86,8 @@ def _problem(row, chosen, needs):
         raise ValueError("without an answer that can be graded")
     if needs == "response" and not (ids or response):
         raise ValueError("without a response")
+    if needs == "text" and response is None:
+        raise ValueError("without a response as text")
     level, ended = None if level is None else str(level), row.get("ended") is not False
     return Problem(turns[-1]["content"].strip(), answer, level, response, ids, ended, turns[:-1])
 
@@ -96,27 +102,22 @@ def _cell(row, column):
 def _turns(value):
     """A text, which is the user's, or a conversation, a list of {"role", "content"}. -> the turns that say something"""
     turns = value if isinstance(value, list) else [] if value is None else [{"role": "user", "content": str(value)}]
-    if isinstance(value, dict) or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
+    sound = lambda turn: isinstance(turn, dict) and {type(turn.get("role")), type(turn.get("content"))} == {str}
+    if isinstance(value, dict) or not all(map(sound, turns)):
         raise ValueError("that are neither texts nor lists of turns with a `role` and a text as `content`")
-    return [{"role": t.get("role"), "content": t["content"]} for t in turns if t["content"].strip()]
+    return [{"role": t["role"], "content": t["content"]} for t in turns if t["content"].strip()]
 
 
-def _columns(name, rows, columns, strict):
+def _columns(name, rows, columns):
     """Which column is what, one choice for the whole file. -> {"question": NAME, "answer": NAME, "response": NAME}, or
     None where there is none"""
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             refuse(f'{name}, row {i}: needs columns, as in {{"question": "..."}}, and is a {type(row).__name__}')
     there = list(dict.fromkeys(key for row in rows for key in row))
-    given = dict(part.partition("=")[::2] for part in columns.split(",") if part)
     filled = lambda column: any(_cell(row, column) not in (None, "", []) for row in rows)
-    for what, column in list(given.items()):
-        if what not in COLUMNS or not filled(column) and strict:
-            give = f"give {'/'.join(COLUMNS)}=COLUMN; {name} has the columns {', '.join(there)}"
-            refuse(f"--columns {what}={column}: {give}")
-        if not filled(column):  # of another file
-            del given[what]
-    chosen = {what: next(filter(filled, names), None) for what, names in COLUMNS.items()} | given
+    chosen = {what: next(filter(filled, names), None) for what, names in COLUMNS.items()}
+    chosen |= {what: column for what, column in _given(columns) if what in COLUMNS and filled(column)}
     if rows and not chosen["question"]:
         names = ", ".join(COLUMNS["question"])
         names = f"{names}, or be named by --columns question=NAME"
@@ -124,9 +125,25 @@ def _columns(name, rows, columns, strict):
     return chosen
 
 
-def load_problem_sets(names, n, columns="", needs="answer", strict=True):
-    """{name: [Problem]} of all sets in `names`, separated by commas; of each, n problems, evenly spread (0: all)."""
-    sets = {name: load_problems(name, needs, columns, strict)[0] for name in map(str.strip, names.split(","))}
+def _given(columns):
+    """--columns as [(what, column)]"""
+    return [part.strip().partition("=")[::2] for part in columns.split(",") if part]
+
+
+def check_columns(columns, chosen):
+    """Refuse a column of --columns that none of the files has, of which `chosen` are the columns."""
+    for what, column in _given(columns):
+        if what not in COLUMNS or column not in [names[what] for names in chosen]:
+            have = " or ".join({", ".join(f"{key}={name}" for key, name in names.items() if name) for names in chosen})
+            refuse(f"--columns {what}={column}: no file has it; give {'/'.join(COLUMNS)}=COLUMN, such as {have}")
+
+
+def load_problem_sets(names, n, columns="", needs="answer", chosen=(), remedy=""):
+    """{name: [Problem]} of all sets in `names`, separated by commas; of each, n problems, evenly spread (0: all).
+    chosen: the columns of other files, which --columns may be about."""
+    found = {name: load_problems(name, needs, columns, remedy) for name in map(str.strip, names.split(","))}
+    check_columns(columns, [*chosen, *(names for _, names, _ in found.values())])
+    sets = {name: problems for name, (problems, *_) in found.items()}
     for name, problems in sets.items():
         if sentences := sum(p.answer is not None and not can_be_graded(p.answer) for p in problems):
             say(f"{name}: {sentences} answers are sentences, which no other wording equals")
@@ -145,8 +162,9 @@ def _rows(name):
     of numbers and texts."""
     path = Path(name)
     try:
-        if KINDS.get(path.suffix[1:].lower()) == "json" and "*" not in name:
-            text, rows, end = path.read_text(encoding="utf-8-sig").strip(), [], 0
+        if re.search(r"\.(json|jsonl|ndjson)(\.gz)?$", name, re.I) and "*" not in name:
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+                text, rows, end = file.read().strip(), [], 0
             while end < len(text):  # a row a line, or all in one value, whatever the file's name
                 row, end = json.JSONDecoder().raw_decode(text, re.compile(r"\s*").match(text, end).end())
                 rows.append(row)

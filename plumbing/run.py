@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from tqdm import tqdm
 
 from plumbing.arguments import check_args, parse, refuse  # noqa: F401  parse is for the scripts
-from plumbing.data import load_problem_sets, load_problems
+from plumbing.data import check_columns, load_problem_sets, load_problems
 from plumbing.models import identity, load_tokens, refresh, sequence_flops
 from plumbing.processes import (
     barrier, is_main, mean_over_processes, rank_and_world, say, start_processes, sum_over_processes, whole,
@@ -80,8 +80,12 @@ class Run:
         self.step, self.row, self.memory = max(checkpoints(self.out), default=0), {"step": 0}, {}
         self.logged, self.stop_asked, self.stopping, self.idle = False, False, False, 0
         self.problems, columns, settings = load_problems(args.data, needs, args.columns)
-        sets = args.eval_data, args.eval_problems, args.columns
-        self.problem_sets = {} if args.eval_data == "none" else load_problem_sets(*sets, strict=False)
+        self.problem_sets, sets = {}, (args.eval_data, args.eval_problems, args.columns)
+        if args.eval_data != "none":
+            more = dict(chosen=[columns], remedy=", or evaluate nothing by --eval_data none")
+            self.problem_sets = load_problem_sets(*sets, **more)
+        else:
+            check_columns(args.columns, [columns])
         sets = [(name, problems, args.eval_max_new_tokens) for name, problems in self.problem_sets.items()]
         self.tokens = load_tokens(args, sets := [(args.data, self.problems, args.max_new_tokens), *sets])
         self.prompt_len = max(len(p.prompt) for p in self.problems)

@@ -28,7 +28,7 @@ from plumbing.arguments import check_args, parse
 from plumbing.run import Run
 
 ROW, SYSTEM = {"question": "What is 1+1?", "answer": "2", "response": "2"}, {"role": "system", "content": "Be brief."}
-TOOL = {"role": "tool", "content": "7"}
+TOOL, USER = {"role": "tool", "content": "7"}, {"role": "user", "content": "1+1?"}
 
 
 def put(path, content):
@@ -103,9 +103,10 @@ BEFORE_MODELS = {
     "unknown kind of file": (data("a.xlsx", b"PK"), "cannot load", "a.xlsx", ".jsonl"),
     "not on the hub": (dict(data="no-such-organisation/no-such-data"), "'no-such-organisation/no-such-data'", "hub"),
     "wrong columns": (data("a.jsonl", [{"text": "a", "label": 1}]), "the columns messages, prompt", "text, label"),
-    "a column that is not there": (dict(columns="question=task"), "--columns question=task", "question, answer"),
+    "a column that is not there": (dict(columns="question=task"), "--columns question=task", "question=question"),
     "a column of no meaning": (dict(columns="level=answer"), "--columns level=answer", "question/response/answer"),
     "a turn without content": (only({"question": [{"role": "user"}]}, "eval_data"), "2 rows that are neither texts"),
+    "a turn of nobody": (only({"question": [{"content": "Hi"}, *[USER] * 2]}), "2 rows that are neither texts"),
     "a turn of a tool": (only({"question": [SYSTEM, TOOL]}), "2 rows without a question of the user"),
     "a conversation as one text": (only({"prompt": str([SYSTEM])}), "2 rows with a conversation written as one"),
     "no conversation that asks": (data("a.jsonl", [{"messages": [SYSTEM]}]), "1 rows without a question"),

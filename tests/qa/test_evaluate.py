@@ -98,7 +98,7 @@ def test_a_conversation_and_its_response_become_the_same_prompt_again(world, tmp
 
 def test_responses_that_stand_in_the_file_are_graded_without_a_model(tmp_path, capsys):
     """As vLLM may have made them: rows with one question are samples of one problem."""
-    rows = [dict(question="1+1?", answer=2, response=text) for text in ("\\boxed{2}", "\\boxed{3}", "#### 2", "two")]
+    rows = [dict(question="1+1?", answer=2, response=text) for text in ("\\boxed{2}", "\\boxed{3}", "#### 2", "")]
     rows += [dict(question="2+2?", answer=4, response="\\boxed{4}", ended=i > 0, level=1) for i in range(4)]
     rows += [dict(question="Why?", response="#### 7")] * 4  # no answer: not one that is never solved
     path, again = (write_jsonl(tmp_path / name, rows) for name in ("made.jsonl", "again.jsonl"))
@@ -108,7 +108,7 @@ def test_responses_that_stand_in_the_file_are_graded_without_a_model(tmp_path, c
     assert table[0][1:] == ["3", "0.750 ± 0.490", "0.917 ± 0.163", "0.917", "0.625", "nan", "0.917", "nan"]
     assert "Pass@4" in evaluated(capsys, model="none", eval_data=path)[0], "no k beyond what is there"
     ids = write_jsonl(tmp_path / "ids.jsonl", [dict(question="a", answer=1, response_ids=[1])])
-    with pytest.raises(SystemExit, match="grades texts, and the response to 'a' is token ids"):
+    with pytest.raises(SystemExit, match="1 rows without a response as text.: name it by --columns response=NAME"):
         run("evaluate", model="none", eval_data=ids)
     with pytest.raises(SystemExit, match="leave out --out_file"):
         run("evaluate", model="none", eval_data=path, out_file=tmp_path / "graded.jsonl")

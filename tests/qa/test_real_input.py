@@ -38,6 +38,7 @@ def test_published_data_in_files_of_every_kind_and_from_the_hub(row, answer, tmp
     put("a.jsonl.gz", gzip.compress(lines))
     put("list.json", json.dumps([row, row], indent=1).encode())
     put("data.json", json.dumps({"version": 1, "data": [row, row]}, indent=1).encode())
+    put("data.json.gz", gzip.compress(json.dumps({"data": [row, row]}).encode()))
     table.to_parquet(tmp_path / "a.parquet")
     table.to_csv(tmp_path / "a.csv", index=False)
     table.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
@@ -48,7 +49,7 @@ def test_published_data_in_files_of_every_kind_and_from_the_hub(row, answer, tmp
     hub = lambda path, *more, **options: asked.append((path, *more, *options.values())) or [row, row]
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **o: (load if "data_files" in o else hub)(*a, **o))
     local = [path for path in tmp_path.iterdir() if not path.name.startswith("part")]
-    assert len(local) == 12
+    assert len(local) == 13
     local += [tmp_path / "part-*.jsonl", f"{tmp_path}/splits::train"]
     for wrong in ("saved:test", "saved::test", "splits:train"):
         with pytest.raises(SystemExit, match="FOLDER::SPLIT"):
@@ -107,8 +108,10 @@ def test_columns_can_be_named_and_rows_without_what_is_needed_are_counted(tmp_pa
     assert says in capsys.readouterr().out
     assert [p.question for p in load_problems(path)[0]] == ["p"] * 5, "one column for the whole file"
     train = write_jsonl(tmp_path / "named.jsonl", [{"task": 5, "answer": 1}])
-    assert load_problem_sets(path, 0, "question=task", strict=False)[path][0].question == "t", "where it is there"
-    assert load_problem_sets(train, 0, "question=task,response=said", strict=False)[train][0].question == "5"
+    assert load_problem_sets(path, 0, "question=task")[path][0].question == "t", "where it is there"
+    assert load_problem_sets(train, 0, "question=task", chosen=[columns])[train][0].question == "5"
+    with pytest.raises(SystemExit, match="--columns response=said: .* such as question=task, answer=answer"):
+        load_problem_sets(train, 0, "question=task,response=said")
     csv = tmp_path / "a.csv"
     csv.write_text("question,answer\na,NA\nb,None\nc,1\nd,\n", encoding="utf-8")
     assert [p.answer for p in load_problems(str(csv))[0]] == [None, None, "1", None]
