@@ -164,7 +164,7 @@ def _rows(name):
     try:
         if re.search(r"\.(json|jsonl|ndjson)(\.gz)?$", name, re.I) and "*" not in name:
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-                text, rows, end = file.read().strip(), [], 0
+                text, rows, end = file.read().rstrip(), [], 0
             while end < len(text):  # a row a line, or all in one value, whatever the file's name
                 row, end = json.JSONDecoder().raw_decode(text, re.compile(r"\s*").match(text, end).end())
                 rows.append(row)

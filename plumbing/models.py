@@ -68,7 +68,7 @@ def load_tokens(args, problem_sets):
             lacks = ", ".join(repr(token) for token in used if token not in mine)[:99]
             trouble = trouble or f"the prompts use {lacks or 'other merges'}"
             refuse(f"--student and --teacher tokenize differently ({trouble}): choose both from one family")
-    if args.thinking and not differs(asker, False, 1):
+    if args.thinking and not differs(asker, False, 256):
         say("warning: --thinking changes nothing: the chat template has no switch of this name")
 
     # A vocabulary that all tokens of the tokenizers are in, without the rows beyond them

@@ -97,7 +97,7 @@ BEFORE_MODELS = {
     # data
     "no data file": (dict(data="nowhere.jsonl"), "cannot load 'nowhere.jsonl'", "No such file"),
     "empty file": (data("a.jsonl", "\n\n"), "a.jsonl: no rows left", "it is empty"),
-    "not JSON": (data("a.jsonl", '{"question": "a"}\n{"question": \n'), "a.jsonl'", "JSONDecodeError", "line 2"),
+    "not JSON": (data("a.jsonl", '\n{"question": "a"}\n{"question": \n'), "a.jsonl'", "JSONDecodeError", "line 3"),
     "JSON without columns": (data("a.jsonl", '{"question": "a"}\n["b"]\n'), "row 2", "needs columns", "is a list"),
     "damaged parquet": (data("a.parquet", b"PAR1 not really"), "cannot load", "a.parquet"),
     "unknown kind of file": (data("a.xlsx", b"PK"), "cannot load", "a.xlsx", ".jsonl"),
