@@ -104,6 +104,7 @@ BEFORE_MODELS = {
     "not on the hub": (dict(data="no-such-organisation/no-such-data"), "'no-such-organisation/no-such-data'", "hub"),
     "wrong columns": (data("a.jsonl", [{"text": "a", "label": 1}]), "the columns messages, prompt", "text, label"),
     "a column that is not there": (dict(columns="question=task"), "--columns question=task", "question=question"),
+    "nor is it with nothing to evaluate on": (dict(columns="answer=task", eval_data="none"), "--columns answer=task"),
     "a column of no meaning": (dict(columns="level=answer"), "--columns level=answer", "question/response/answer"),
     "a turn without content": (only({"question": [{"role": "user"}]}, "eval_data"), "2 rows that are neither texts"),
     "a turn of nobody": (only({"question": [{"content": "Hi"}, *[USER] * 2]}), "2 rows that are neither texts"),

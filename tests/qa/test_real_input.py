@@ -20,6 +20,7 @@ from plumbing import models
 from plumbing.arguments import check_args, parse
 from plumbing.data import Problem, load_problem_sets, load_problems
 from plumbing.grading import grade
+from plumbing.run import Run
 
 GSM8K = {"question": "How many altogether?", "answer": "48+24 = <<48+24=72>>72.\n#### 72", "response": "#### 72"}
 MATH = {"problem": "Find $3 \\cdot 4$.", "solution": "It is $\\boxed{12}$.", "answer": "12", "level": 2}
@@ -115,6 +116,14 @@ def test_columns_can_be_named_and_rows_without_what_is_needed_are_counted(tmp_pa
     csv = tmp_path / "a.csv"
     csv.write_text("question,answer\na,NA\nb,None\nc,1\nd,\n", encoding="utf-8")
     assert [p.answer for p in load_problems(str(csv))[0]] == [None, None, "1", None]
+
+
+@pytest.mark.parametrize("named", ["data", "eval_data"])
+def test_columns_may_be_those_of_either_file(named, world, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"task": "Is 7 prime?", "answer": "1"}])
+    begun = Run(opd.Args(**world | {named: path}, columns="question=task", out_dir=str(tmp_path / "run")))
+    found = begun.problems if named == "data" else begun.problem_sets[path]
+    assert [p.question for p in found] == ["Is 7 prime?"]
 
 
 def ask(student, teacher, *argv, problems=None):

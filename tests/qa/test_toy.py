@@ -54,13 +54,14 @@ def test_the_data_are_right_and_disjoint_and_the_responses_are_the_teachers():
     numbers = [[int(n) for n in p.question.split("+")] for p in train + evals]
     assert [(p.answer, p.level) for p in train + evals] == [(str(sum(n) % 10), str(len(n))) for n in numbers]
     tokens = load_tokens(ARGS, [("toy", train, 96)])
+    asked = (f"user\n{p.question}<|im_end|>" in tokens.tokenizer.decode(p.prompt) for p in train)
+    assert all(asked), "each has its own prompt, also those of the second thousand"
     assert all(p.ended == (p.response_ids[-1] == IM_END) for p in train) and sum(p.ended for p in train) > 4090
     assert tokens.tokenizer.unk_token_id not in {i for p in train for i in p.response_ids}
     assert 0.985 < np.mean([grade(p.response, p.answer) for p in train]) < 0.999
     batch = make_rollouts(*zip(*((p.prompt, p.response_ids, p.ended) for p in train[:256])), "cpu")
-    log_p = (
-        load_model(ARGS.teacher, "fp32")(batch.ids).logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])
-    )
+    logits = load_model(ARGS.teacher, "fp32")(batch.ids).logits[:, :-1]
+    log_p = logits.log_softmax(-1).gather(-1, batch.ids[:, 1:, None])
     assert -log_p[batch.mask[:, 1:]].mean() == pytest.approx(0.288, abs=0.02), "H(p)"
 
 
